@@ -1,0 +1,69 @@
+"""Which compiled kernels are here: loading them, choosing between them, and saying so."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+
+import torch
+
+NAMES = ("reference", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operators.
+
+    Attributes:
+        name: ``"reference"``, ``"cpu"`` or ``"cuda"``.
+        devices: Device type that it serves; ``"any"`` for the reference.
+        available: Whether it is loaded, so that the dispatcher uses it for tensors on its devices.
+        detail: The library file, or why it is not available.
+    """
+
+    name: str
+    devices: str
+    available: bool
+    detail: str
+
+
+def _load(module: str) -> tuple[bool, str]:
+    """Import a compiled library, whose kernels register themselves as it loads."""
+    try:
+        loaded = importlib.import_module(f"gradstats.{module}")
+    except ImportError as error:
+        return False, f"not loaded: {error}"
+    return True, str(loaded.__file__)
+
+
+def load_backends() -> dict[str, Backend]:
+    """Load what is compiled and what ``GRADSTATS_BACKEND`` allows; called once, on import of gradstats."""
+    forced = os.environ.get("GRADSTATS_BACKEND", "").strip().lower()
+    if forced and forced not in NAMES:
+        raise ValueError(f"environment variable GRADSTATS_BACKEND is {forced!r}; expected one of {', '.join(NAMES)}")
+    found = {"reference": Backend("reference", "any", True, "plain torch, float64")}
+    for name, module, usable in (("cpu", "_C", True), ("cuda", "_C_cuda", torch.version.cuda is not None)):
+        if forced not in ("", name):
+            loaded, detail = False, f"GRADSTATS_BACKEND={forced}"
+        elif not usable:
+            loaded, detail = False, "this torch is built without CUDA"
+        else:
+            loaded, detail = _load(module)
+        found[name] = Backend(name, name, loaded, detail)
+    if forced and not found[forced].available:
+        raise ImportError(f"GRADSTATS_BACKEND={forced}, but that backend is {found[forced].detail}")
+    return found
+
+
+_loaded = load_backends()
+
+
+def backends() -> dict[str, Backend]:
+    """The backends by name, with whether each is loaded here and why not.
+
+    The choice is the dispatcher's: ``"cpu"`` for tensors on the CPU and ``"cuda"`` for those on a GPU where these
+    are available, else ``"reference"``. Set the environment variable ``GRADSTATS_BACKEND`` to one of the names
+    before the first import to load that one (and the reference) only.
+    """
+    return dict(_loaded)

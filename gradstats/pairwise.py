@@ -1,0 +1,194 @@
+"""Gradients in any accepted form -> :class:`~gradstats.stats.GradStats`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradstats import ops
+from gradstats.stats import GradStats
+
+#: The gradient of one task: one tensor, or one per parameter with None for a parameter that it does not reach.
+TaskGrads: TypeAlias = Tensor | Sequence[Tensor | None]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def pairwise(
+    grads: Tensor | Sequence[TaskGrads] | Mapping[str, TaskGrads],
+    *,
+    names: Sequence[str] | None = None,
+    stacked: bool = False,
+    metric: Tensor | Sequence[Tensor] | None = None,
+) -> GradStats:
+    """All pairwise dot products of task gradients, read where they lie: nothing is flattened or concatenated.
+
+    Gradients may be float32, bfloat16, float16 or float64 (dtypes may differ between parameters), in any layout, and
+    may require grad (they are treated as detached). Traces under ``torch.compile(fullgraph=True)``.
+
+    Args:
+        grads: One of
+
+            * a tensor ``[T, ...]``, one row per task;
+            * ``T`` tensors, or ``T`` sequences of ``K`` parameter gradients as ``torch.autograd.grad`` returns them
+              (None stands for zeros);
+            * a mapping from task name to one of those;
+            * with ``stacked=True``, ``K`` blocks ``[T, *param_k]`` (None stands for zeros).
+        names: Names of the ``T`` tasks; by default the keys of a mapping, else ``"task0"``, ``"task1"``, ...
+        stacked: Whether ``grads`` is a sequence of blocks with the task in the first dimension.
+        metric: Positive diagonal ``d``, in the layout of one task's gradients (a tensor for the tensor forms, else
+            ``K`` tensors): the result is the Gramian ``J diag(d) Jᵀ``, as with Adam's ``1 / (sqrt(v) + eps)``. A
+            negative entry makes the result NaN.
+
+    Returns:
+        The statistics, with a float64 Gramian ``[T, T]`` on the device of the gradients.
+
+    Raises:
+        TypeError: If a gradient is not a tensor or None, or has an integer, complex, sparse or quantised type.
+        ValueError: If there is no task or no gradient at all, tasks have different numbers of parameters, a
+            parameter's shape, dtype or device differs between tasks, ``metric`` does not match the gradients, or
+            ``names`` are not ``T`` different names.
+    """
+    if isinstance(grads, Mapping):
+        if stacked:
+            raise ValueError("grads: expected a sequence of blocks [T, *param] with stacked=True, got a mapping")
+        if names is not None:
+            raise ValueError("names: expected None where grads is a mapping, whose keys are the names")
+        names, grads = list(grads), list(grads.values())
+    if stacked or isinstance(grads, Tensor):
+        tensors, num_tasks, scale = _stacked_operands(grads, metric)
+        stacked = True
+    else:
+        tensors, num_tasks, scale = _listed_operands(grads, metric)
+    task_names = check_names(names, num_tasks)
+    with torch.no_grad():
+        gram = ops.gram(tensors, num_tasks, scale, stacked)
+    present = torch.ones(num_tasks, dtype=torch.bool, device=gram.device)
+    return GradStats(gram=gram, names=task_names, present=present)
+
+
+def check_names(names: Sequence[str] | None, num_tasks: int) -> tuple[str, ...]:
+    """``names`` as a tuple of ``num_tasks`` different strings, or the default names where None.
+
+    Raises:
+        ValueError: If their number is wrong or two are equal.
+        TypeError: If one is not a string.
+    """
+    if names is None:
+        return tuple(f"task{t}" for t in range(num_tasks))
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names: expected a sequence of strings, got {names!r}")
+    if len(names) != num_tasks:
+        raise ValueError(f"names: expected {num_tasks} names, one per task, got {len(names)}")
+    if len(set(names)) != num_tasks:
+        raise ValueError(f"names: expected different names, got {list(names)}")
+    return tuple(names)
+
+
+def _stacked_operands(grads: object, metric: object) -> tuple[list[Tensor], int, list[Tensor]]:
+    blocks = [grads] if isinstance(grads, Tensor) else _as_list(grads, "grads")
+    for k, block in enumerate(blocks):
+        if block is not None:
+            _check_tensor(block, f"grads[{k}]")
+            if block.ndim == 0:
+                raise ValueError(f"grads[{k}]: expected a block [T, *param], got a zero-dimensional tensor")
+    kept = [k for k, block in enumerate(blocks) if block is not None]
+    if not kept:
+        raise ValueError("grads: expected at least one gradient, got none")
+    first = blocks[kept[0]]
+    for k in kept:
+        if blocks[k].shape[0] != first.shape[0]:
+            raise ValueError(
+                f"grads[{k}]: expected {first.shape[0]} tasks in the first dimension as in grads[{kept[0]}], "
+                f"got shape {tuple(blocks[k].shape)}"
+            )
+        _check_device(blocks[k], first, f"grads[{k}]")
+    if first.shape[0] == 0:
+        raise ValueError(f"grads: expected at least one task, got shape {tuple(first.shape)}")
+    scale = _metric_operand(metric, [None if b is None else b[0] for b in blocks], kept)
+    return [blocks[k] for k in kept], first.shape[0], scale
+
+
+def _listed_operands(grads: object, metric: object) -> tuple[list[Tensor], int, list[Tensor]]:
+    tasks = [[task] if isinstance(task, Tensor) else _as_list(task, f"grads[{t}]") for t, task in enumerate(_as_list(grads, "grads"))]
+    if not tasks:
+        raise ValueError("grads: expected at least one task, got none")
+    num_params = len(tasks[0])
+    for t, task in enumerate(tasks):
+        if len(task) != num_params:
+            raise ValueError(f"grads[{t}]: expected {num_params} parameter gradients as in grads[0], got {len(task)}")
+    models = [_check_parameter([task[k] for task in tasks], k) for k in range(num_params)]
+    kept = [k for k, model in enumerate(models) if model is not None]
+    if not kept:
+        raise ValueError("grads: expected at least one gradient, got none")
+    first = models[kept[0]]
+    for k in kept:
+        _check_device(models[k], first, f"grads[...][{k}]")
+    scale = _metric_operand(metric, models, kept)
+    # An empty tensor stands for a gradient of zeros in the operator, whose schema takes tensors alone.
+    missing = {k: models[k].new_empty(0) for k in kept if any(task[k] is None for task in tasks)}
+    return [missing[k] if task[k] is None else task[k] for task in tasks for k in kept], len(tasks), scale
+
+
+def _check_parameter(column: list[Tensor | None], k: int) -> Tensor | None:
+    """Check one parameter's gradients against each other; return one of them, or None where all tasks have None."""
+    model: Tensor | None = None
+    for t, grad in enumerate(column):
+        if grad is None:
+            continue
+        _check_tensor(grad, f"grads[{t}][{k}]")
+        if model is None:
+            model, owner = grad, t
+        elif grad.shape != model.shape:
+            raise ValueError(
+                f"grads[{t}][{k}]: expected shape {tuple(model.shape)} as in grads[{owner}][{k}], got {tuple(grad.shape)}"
+            )
+        elif grad.dtype != model.dtype:
+            raise ValueError(
+                f"grads[{t}][{k}]: expected dtype {model.dtype} as in grads[{owner}][{k}], got {grad.dtype}"
+            )
+        else:
+            _check_device(grad, model, f"grads[{t}][{k}]")
+    return model
+
+
+def _metric_operand(metric: object, models: Sequence[Tensor | None], kept: list[int]) -> list[Tensor]:
+    """``metric`` as one tensor for each kept parameter; ``models`` has a tensor of each parameter's shape."""
+    if metric is None:
+        return []
+    diagonal = [metric] if isinstance(metric, Tensor) else _as_list(metric, "metric")
+    if len(diagonal) != len(models):
+        raise ValueError(f"metric: expected {len(models)} tensors, one per parameter, got {len(diagonal)}")
+    for k in kept:
+        model = models[k]
+        assert model is not None
+        _check_tensor(diagonal[k], f"metric[{k}]")
+        if diagonal[k].shape != model.shape:
+            raise ValueError(
+                f"metric[{k}]: expected shape {tuple(model.shape)} as one task's gradient, got {tuple(diagonal[k].shape)}"
+            )
+        _check_device(diagonal[k], model, f"metric[{k}]")
+    return [diagonal[k] for k in kept]
+
+
+def _as_list(value: object, argument: str) -> list:
+    if isinstance(value, Mapping) or not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{argument}: expected a tensor or a sequence of tensors, got {type(value).__name__}")
+    return list(value)
+
+
+def _check_tensor(value: object, argument: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{argument}: expected a dense tensor, got layout {value.layout}")
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{argument}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def _check_device(value: Tensor, model: Tensor, argument: str) -> None:
+    if value.device != model.device:
+        raise ValueError(f"{argument}: expected device {model.device} as the other gradients, got {value.device}")

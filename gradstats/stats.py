@@ -1,0 +1,318 @@
+"""``GradStats``: a Gramian of task gradients with names, and every metric derived from it."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GradStats:
+    """The Gramian ``G = J Jᵀ`` of ``T`` task gradients (the rows of ``J``) and the metrics that follow from it.
+
+    Immutable; tensors stay on the device they were computed on. Pairwise metrics follow PCGrad (Yu et al., 2020)
+    and Aligned-MTL (Senushkin et al., 2023). Ratios are formed as ``(G_ij / n_i) / n_j``, so gradients as small as
+    1e-140 or as large as 1e140 are measured correctly. A zero gradient has cosine and similarity 0 with every task.
+    A task whose gradient holds NaN or inf has non-finite entries in its own row and column alone.
+
+    Attributes:
+        gram: Float64 tensor ``[T, T]``, exactly symmetric.
+        names: Names of the ``T`` tasks.
+        present: Bool tensor ``[T]``; False for a task that had no loss at this step (its row is zero). Scalar metrics
+            and means over steps count pairs of present tasks only.
+        groups: Gramians of disjoint groups of parameters by group name, whose sum is ``gram``; empty unless asked for.
+        method: How the Gramian was obtained, such as ``"pairwise"`` or ``"batched"``.
+        standard_error: Relative standard error of the entries where they are estimates; None where they are exact.
+    """
+
+    gram: Tensor
+    names: tuple[str, ...]
+    present: Tensor
+    groups: Mapping[str, GradStats] = field(default_factory=dict)
+    method: str = "pairwise"
+    standard_error: float | None = None
+
+    # ---- shape ------------------------------------------------------------------------------------------------
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks ``T``."""
+        return self.gram.shape[0]
+
+    @property
+    def finite(self) -> Tensor:
+        """Bool tensor ``[T]``: whether the task's gradient has a finite norm."""
+        return torch.isfinite(self.gram.diagonal())
+
+    @property
+    def non_finite_names(self) -> tuple[str, ...]:
+        """Names of the tasks whose gradients hold NaN or inf."""
+        return tuple(name for name, ok in zip(self.names, self.finite.tolist(), strict=True) if not ok)
+
+    # ---- metrics of single tasks and of pairs -------------------------------------------------------------------
+
+    @property
+    def norms(self) -> Tensor:
+        """Gradient norms ``n_i``, float64 ``[T]``."""
+        return self.gram.diagonal().sqrt()
+
+    @property
+    def cosine(self) -> Tensor:
+        """Cosines ``C_ij = G_ij / (n_i n_j)``, float64 ``[T, T]``, in [-1, 1]; 0 with a zero gradient."""
+        norms = self.norms
+        safe = torch.where(norms == 0, 1.0, norms)
+        return (self.gram / safe[:, None] / safe[None, :]).clamp(-1.0, 1.0)
+
+    @property
+    def magnitude_similarity(self) -> Tensor:
+        """``2 n_i n_j / (n_i² + n_j²)``, float64 ``[T, T]``, in [0, 1]; 0 with a zero gradient (Yu et al., 2020)."""
+        norms = self.norms
+        ratio = norms[:, None] / norms[None, :]
+        similarity = 2.0 / (ratio + 1.0 / ratio)
+        zero = (norms == 0)[:, None] | (norms == 0)[None, :]
+        # A zero row beside a non-finite one stays non-finite: nothing hides a broken gradient but its own absence.
+        finite = torch.isfinite(norms)
+        return torch.where(zero & finite[:, None] & finite[None, :], 0.0, similarity)
+
+    # ---- scalars --------------------------------------------------------------------------------------------------
+
+    @property
+    def mean_cosine(self) -> Tensor:
+        """Mean cosine over pairs ``i < j`` of present tasks, float64 scalar; NaN where there is no pair."""
+        return self._mean_over_pairs(self.cosine)
+
+    @property
+    def mean_magnitude_similarity(self) -> Tensor:
+        """Mean magnitude similarity over pairs ``i < j`` of present tasks, float64 scalar; NaN without a pair."""
+        return self._mean_over_pairs(self.magnitude_similarity)
+
+    @property
+    def conflict_rate(self) -> Tensor:
+        """Share of pairs ``i < j`` of present tasks with negative cosine, float64 scalar; NaN without a pair."""
+        cosine = self.cosine
+        return self._mean_over_pairs(torch.where(cosine.isnan(), cosine, (cosine < 0).double()))
+
+    def _mean_over_pairs(self, values: Tensor) -> Tensor:
+        counted = (self.present[:, None] & self.present[None, :]).triu(1)
+        return torch.where(counted, values, 0.0).sum() / counted.sum()
+
+    @property
+    def condition_number(self) -> Tensor:
+        """``σ_max / σ_min`` of ``J`` over the present tasks, float64 scalar on the CPU; computed when read.
+
+        It is inf when the gradients are linearly dependent to working precision (the smallest eigenvalue of the
+        cosine matrix is below ``T`` float64 epsilons of the largest) or one of them is zero, and NaN when one is not
+        finite or no task is present. The extreme singular values come from ``G`` and from its inverse, both formed
+        on the cosine matrix, so tasks of very different scale do not count as dependent.
+        """
+        keep = self.present.cpu()
+        gram = self.gram.detach().cpu()[keep][:, keep]
+        return torch.tensor(_condition_number(gram), dtype=torch.float64)
+
+    # ---- under weights ----------------------------------------------------------------------------------------------
+
+    def weighted(self, weights: Tensor | Sequence[float]) -> GradStats:
+        """Statistics of the weighted gradients ``w_i g_i``: the Gramian ``diag(w) G diag(w)``.
+
+        Args:
+            weights: ``T`` numbers.
+
+        Raises:
+            ValueError: If ``weights`` does not hold ``T`` numbers.
+        """
+        w = self._as_weights(weights)
+        groups = {name: stats.weighted(w) for name, stats in self.groups.items()}
+        return replace(self, gram=w[:, None] * self.gram * w[None, :], groups=groups)
+
+    def alignment(self, weights: Tensor | Sequence[float]) -> Tensor:
+        """Cosine of each task gradient to the weighted sum ``Σ_j w_j g_j``, float64 ``[T]``; 0 where either is zero.
+
+        Args:
+            weights: ``T`` numbers.
+
+        Raises:
+            ValueError: If ``weights`` does not hold ``T`` numbers.
+        """
+        scaled = self._as_weights(weights) * self.norms
+        largest = scaled.abs().max()
+        scaled = scaled / torch.where(largest == 0, 1.0, largest)
+        projections = self.cosine @ scaled
+        length = (scaled @ projections).clamp_min(0.0).sqrt()
+        return torch.where(length == 0, 0.0, projections / length).clamp(-1.0, 1.0)
+
+    def _as_weights(self, weights: Tensor | Sequence[float]) -> Tensor:
+        w = torch.as_tensor(weights, dtype=torch.float64, device=self.gram.device)
+        if w.shape != (self.num_tasks,):
+            raise ValueError(f"weights: expected {self.num_tasks} numbers, one per task, got shape {tuple(w.shape)}")
+        return w
+
+    # ---- combination --------------------------------------------------------------------------------------------------
+
+    def __add__(self, other: GradStats) -> GradStats:
+        """Statistics over the union of two disjoint parameter sets: Gramians add.
+
+        Raises:
+            ValueError: If the two do not name the same tasks in the same order.
+        """
+        if not isinstance(other, GradStats):
+            return NotImplemented
+        self._check_same_tasks(other)
+        return replace(
+            self,
+            gram=self.gram + other.gram,
+            present=self.present | other.present,
+            groups={**self.groups, **{k: self.groups[k] + v if k in self.groups else v for k, v in other.groups.items()}},
+            method=self.method if self.method == other.method else f"{self.method}+{other.method}",
+            standard_error=_largest(self.standard_error, other.standard_error),
+        )
+
+    @staticmethod
+    def mean(steps: Sequence[GradStats]) -> GradStats:
+        """Mean Gramian over steps; each pair is averaged over the steps in which both of its tasks were present.
+
+        Average first and derive metrics afterwards: a mean of metrics over noisy Gramians is biased.
+
+        Args:
+            steps: At least one ``GradStats``, all of the same tasks.
+
+        Raises:
+            ValueError: If ``steps`` is empty or its members do not name the same tasks in the same order.
+        """
+        steps = list(steps)
+        if not steps:
+            raise ValueError("steps: expected at least one GradStats, got none")
+        first = steps[0]
+        for other in steps[1:]:
+            first._check_same_tasks(other)
+        pairs = torch.stack([s.present[:, None] & s.present[None, :] for s in steps])
+        grams = torch.stack([s.gram for s in steps])
+        total = torch.where(pairs, grams, 0.0).sum(0)
+        errors = [s.standard_error for s in steps if s.standard_error is not None]
+        shared_groups = set(first.groups).intersection(*(s.groups for s in steps))
+        return replace(
+            first,
+            gram=total / pairs.sum(0).clamp_min(1),
+            present=torch.stack([s.present for s in steps]).any(0),
+            groups={k: GradStats.mean([s.groups[k] for s in steps]) for k in first.groups if k in shared_groups},
+            # Independent errors average out: that of a mean of n is 1/n times the root of the sum of squares.
+            standard_error=math.hypot(*errors) / len(steps) if errors else None,
+        )
+
+    def _check_same_tasks(self, other: GradStats) -> None:
+        if self.names != other.names:
+            raise ValueError(f"tasks differ: {list(self.names)} and {list(other.names)}")
+
+    # ---- out of the process -----------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, float]:
+        """All metrics as flat floats for a logger, such as ``norm/seg``, ``cosine/seg/depth`` and ``mean_cosine``."""
+        norms, cosine, similarity = self.norms.tolist(), self.cosine.tolist(), self.magnitude_similarity.tolist()
+        out = {f"norm/{name}": norms[i] for i, name in enumerate(self.names)}
+        for i, a in enumerate(self.names):
+            for j in range(i + 1, self.num_tasks):
+                out[f"cosine/{a}/{self.names[j]}"] = cosine[i][j]
+                out[f"magnitude_similarity/{a}/{self.names[j]}"] = similarity[i][j]
+        for metric in ("mean_cosine", "mean_magnitude_similarity", "conflict_rate", "condition_number"):
+            out[metric] = float(getattr(self, metric))
+        return out
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to ``path`` atomically; :meth:`load` reads it back."""
+        write_atomically(path, self._state())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> GradStats:
+        """Read what :meth:`save` wrote; tensors come back on the CPU.
+
+        Raises:
+            ValueError: If the file does not hold a saved ``GradStats``.
+        """
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return cls._from_state(state)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"path: {os.fspath(path)!r} does not hold a saved GradStats") from error
+
+    def _state(self) -> dict[str, Any]:
+        state = {k: getattr(self, k) for k in ("gram", "names", "present", "method", "standard_error")}
+        return {**state, "groups": {name: stats._state() for name, stats in self.groups.items()}}
+
+    @classmethod
+    def _from_state(cls, state: dict[str, Any]) -> GradStats:
+        groups = {name: cls._from_state(s) for name, s in state["groups"].items()}
+        return cls(**{**state, "names": tuple(state["names"]), "groups": groups})
+
+    def plot(self) -> Figure:
+        """Heat map of the cosines with the gradient norms beside it; needs the extra ``plot`` (matplotlib)."""
+        from gradstats.report import plot_stats
+
+        return plot_stats(self)
+
+    def __repr__(self) -> str:
+        width = max(len(name) for name in self.names)
+        norms, cosine = self.norms.tolist(), self.cosine.tolist()
+        finite, present = self.finite.tolist(), self.present.tolist()
+        lines = [f"GradStats of {self.num_tasks} tasks ({self.method})", f"{'':{width}}  {'norm':>10}  cosine"]
+        for i, name in enumerate(self.names):
+            note = "" if finite[i] else "  not finite"
+            note = note if present[i] else "  absent"
+            row = " ".join(f"{c:6.3f}" for c in cosine[i])
+            lines.append(f"{name:{width}}  {norms[i]:10.4g}  {row}{note}")
+        summary = {
+            "mean cosine": self.mean_cosine,
+            "conflict rate": self.conflict_rate,
+            "mean magnitude similarity": self.mean_magnitude_similarity,
+            "condition number": self.condition_number,
+        }
+        lines.append(", ".join(f"{label} {float(value):.4g}" for label, value in summary.items()))
+        return "\n".join(lines)
+
+
+def write_atomically(path: str | os.PathLike[str], state: Any) -> None:
+    """``torch.save`` that leaves either the old file or the whole new one, whenever the process dies."""
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _largest(a: float | None, b: float | None) -> float | None:
+    errors = [e for e in (a, b) if e is not None]
+    return max(errors) if errors else None
+
+
+def _condition_number(gram: Tensor) -> float:
+    """``sqrt(λ_max(G) λ_max(G⁻¹))`` with ``G = D C D``: extreme eigenvalues of graded matrices stay accurate."""
+    norms = gram.diagonal().sqrt()
+    if gram.shape[0] == 0 or not torch.isfinite(gram).all():
+        return math.nan
+    if (norms == 0).any():
+        return math.inf
+    cosine = gram / norms[:, None] / norms[None, :]
+    eigenvalues = torch.linalg.eigvalsh(cosine)
+    if eigenvalues[0] <= gram.shape[0] * torch.finfo(torch.float64).eps * eigenvalues[-1]:
+        return math.inf
+    # Scaled by the largest and the smallest norm, so that neither product leaves the range of float64.
+    down, up = norms / norms.max(), norms.min() / norms
+    largest = torch.linalg.eigvalsh(down[:, None] * cosine * down[None, :])[-1]
+    inverse = torch.linalg.inv(cosine)
+    inverse_largest = torch.linalg.eigvalsh(up[:, None] * ((inverse + inverse.T) / 2) * up[None, :])[-1]
+    return float((largest * inverse_largest).sqrt() * (norms.max() / norms.min()))
