@@ -1,0 +1,135 @@
+// gradstats::gram for CPU tensors.
+#include <Python.h>
+
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "../gram_args.h"
+
+namespace gradstats {
+namespace {
+
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// Bytes that keep two rows of a chunk out of the same cache sets.
+constexpr int64_t kRowPadding = 8;
+
+struct Problem {
+  std::vector<Walk> walks;
+  std::vector<int64_t> starts;  // of each parameter in the concatenation of all, and the end
+  int64_t num_tasks;
+  int64_t chunk;
+  bool has_metric;
+
+  int64_t parameter_at(int64_t entry) const {
+    return std::upper_bound(starts.begin(), starts.end(), entry) - starts.begin() - 1;
+  }
+};
+
+struct Free {
+  void operator()(double* p) const { std::free(p); }
+};
+
+std::unique_ptr<double, Free> allocate(int64_t count) {
+  const size_t bytes = (count * sizeof(double) + 63) / 64 * 64;
+  auto* p = static_cast<double*>(std::aligned_alloc(64, bytes));
+  STD_TORCH_CHECK(p != nullptr, "gradstats::gram: out of memory");
+  return std::unique_ptr<double, Free>(p);
+}
+
+// ---- one source, several instruction sets ---------------------------------------------------------------------------
+
+namespace portable {
+constexpr int kLanes = 2, kTile = 3;
+#include "gram_kernel.h"
+}  // namespace portable
+
+using SlotFn = void (*)(const Problem&, int64_t, int64_t, double*);
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+constexpr int kLanes = 4, kTile = 3;
+#include "gram_kernel.h"
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
+namespace avx512 {
+constexpr int kLanes = 8, kTile = 4;
+#include "gram_kernel.h"
+}  // namespace avx512
+#pragma GCC pop_options
+
+// The best that the processor has; GRADSTATS_CPU_ISA (portable, avx2) holds it back for tests.
+SlotFn choose_slot_fn() {
+  const char* limit = std::getenv("GRADSTATS_CPU_ISA");
+  const bool allow_avx2 = limit == nullptr || std::strcmp(limit, "portable") != 0;
+  const bool allow_avx512 = allow_avx2 && (limit == nullptr || std::strcmp(limit, "avx2") != 0);
+  if (allow_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return avx512::gram_slot;
+  if (allow_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::gram_slot;
+  return portable::gram_slot;
+}
+#else
+SlotFn choose_slot_fn() { return portable::gram_slot; }
+#endif
+
+// ---- the operator -----------------------------------------------------------------------------------------------------
+
+// How many ranges the entries are cut into. A function of the sizes alone, so that any number of threads adds the
+// same numbers in the same order: enough ranges to feed many cores, each long enough to be worth a thread.
+int64_t num_slots(int64_t entries, int64_t num_tasks) {
+  constexpr int64_t kMaxSlots = 128, kMinReads = int64_t{1} << 17;
+  return std::clamp<int64_t>(entries * num_tasks / kMinReads, 1, kMaxSlots);
+}
+
+Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> metric, bool stacked) {
+  static const SlotFn slot_fn = choose_slot_fn();
+  Problem problem{read_arguments(grads, num_tasks, metric, stacked), {0}, num_tasks, 256, !metric.empty()};
+  for (const Walk& walk : problem.walks) problem.starts.push_back(problem.starts.back() + walk.numel);
+
+  const int64_t entries = problem.starts.back();
+  const int64_t slots = num_slots(entries, num_tasks), num_pairs = num_tasks * (num_tasks + 1) / 2;
+  const int64_t slot_entries = (entries + slots - 1) / slots;
+  std::vector<double> sums(slots * num_pairs);
+  torch::stable::parallel_for(0, slots, 1, [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s)
+      slot_fn(problem, std::min(entries, s * slot_entries), std::min(entries, (s + 1) * slot_entries),
+              sums.data() + s * num_pairs);
+  });
+
+  Tensor result = torch::stable::new_empty(grads[0], {num_tasks, num_tasks}, torch::headeronly::ScalarType::Double);
+  double* out = result.mutable_data_ptr<double>();
+  for (int64_t i = 0, pair = 0; i < num_tasks; ++i)
+    for (int64_t j = i; j < num_tasks; ++j, ++pair) {
+      double sum = 0;
+      for (int64_t s = 0; s < slots; ++s) sum += sums[s * num_pairs + pair];
+      out[i * num_tasks + j] = out[j * num_tasks + i] = sum;
+    }
+  return result;
+}
+
+}  // namespace
+}  // namespace gradstats
+
+STABLE_TORCH_LIBRARY_IMPL(gradstats, CPU, library) { library.impl("gram", TORCH_BOX(&gradstats::gram)); }
+
+// Importing the module is what loads the library; it has no Python functions of its own.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

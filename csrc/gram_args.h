@@ -1,0 +1,135 @@
+// Reads the arguments of gradstats::gram (see gradstats/ops/__init__.py) into one Walk per parameter.
+//
+// gradstats.pairwise gives the user clear errors first; the checks here are the cheap ones that keep a direct call
+// of the operator from reading out of bounds.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "walk.h"
+
+namespace gradstats {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Double: return DType::float64;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    default: STD_TORCH_CHECK(false, "gradstats::gram: expected float32, float64, float16 or bfloat16 tensors");
+  }
+  return DType::float32;
+}
+
+// One row of a parameter: a tensor, or one task's slice of a stacked block.
+struct RowArgument {
+  const void* data;  // null: no gradient
+  DType dtype;
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t dim;
+};
+
+inline RowArgument row_argument(const Tensor& tensor) {
+  const bool empty = tensor.numel() == 0;
+  return {empty ? nullptr : tensor.const_data_ptr(), dtype_of(tensor), tensor.sizes().data(),
+          tensor.strides().data(), tensor.dim()};
+}
+
+// Appends a row whose shape and dtype must be those of the rows before it.
+inline void append_row(Walk& walk, const RowArgument& row) {
+  STD_TORCH_CHECK(row.dim == walk.num_loops() && std::equal(row.sizes, row.sizes + row.dim, walk.sizes.data()),
+                  "gradstats::gram: tensors of one parameter differ in shape");
+  walk.data.push_back(row.data);
+  walk.strides.insert(walk.strides.end(), row.strides, row.strides + row.dim);
+}
+
+inline void append_missing(Walk& walk) {
+  walk.data.push_back(nullptr);
+  walk.strides.resize(walk.strides.size() + walk.sizes.size());
+}
+
+inline void set_shape(Walk& walk, const int64_t* sizes, int64_t dim, DType dtype, int64_t num_rows) {
+  walk.sizes.assign(sizes, sizes + dim);
+  walk.numel = 1;
+  for (int64_t size : walk.sizes) walk.numel *= size;
+  walk.dtype = dtype;
+  walk.data.reserve(num_rows);
+  walk.strides.reserve(num_rows * dim);
+}
+
+inline Walk walk_of_list(const std::vector<Tensor>& grads, int64_t num_tasks, int64_t num_params, int64_t k) {
+  std::vector<RowArgument> rows;
+  rows.reserve(num_tasks);
+  for (int64_t t = 0; t < num_tasks; ++t) rows.push_back(row_argument(grads[t * num_params + k]));
+  const auto present = std::find_if(rows.begin(), rows.end(), [](const RowArgument& row) { return row.data; });
+  Walk walk;
+  if (present == rows.end()) return walk;
+  set_shape(walk, present->sizes, present->dim, present->dtype, num_tasks + 1);
+  for (const RowArgument& row : rows) {
+    if (row.data == nullptr) {
+      append_missing(walk);
+      continue;
+    }
+    STD_TORCH_CHECK(row.dtype == walk.dtype, "gradstats::gram: tensors of one parameter differ in dtype");
+    append_row(walk, row);
+  }
+  return walk;
+}
+
+inline int64_t element_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+inline Walk walk_of_block(const Tensor& block, int64_t num_tasks) {
+  const RowArgument whole = row_argument(block);
+  STD_TORCH_CHECK(whole.dim >= 1 && whole.sizes[0] == num_tasks,
+                  "gradstats::gram: expected stacked blocks of shape [num_tasks, ...]");
+  Walk walk;
+  if (whole.data == nullptr) return walk;
+  set_shape(walk, whole.sizes + 1, whole.dim - 1, whole.dtype, num_tasks + 1);
+  const int64_t row_bytes = whole.strides[0] * element_size(whole.dtype);
+  for (int64_t t = 0; t < num_tasks; ++t) {
+    const void* data = static_cast<const char*>(whole.data) + t * row_bytes;
+    append_row(walk, {data, whole.dtype, whole.sizes + 1, whole.strides + 1, whole.dim - 1});
+  }
+  return walk;
+}
+
+// The walks of all parameters that have entries.
+inline std::vector<Walk> read_arguments(const std::vector<Tensor>& grads, int64_t num_tasks,
+                                        const std::vector<Tensor>& metric, bool stacked) {
+  STD_TORCH_CHECK(num_tasks >= 1 && !grads.empty(), "gradstats::gram: expected at least one task and one tensor");
+  const int64_t count = static_cast<int64_t>(grads.size());
+  STD_TORCH_CHECK(stacked || count % num_tasks == 0, "gradstats::gram: ", count,
+                  " tensors are not a multiple of num_tasks = ", num_tasks);
+  const int64_t num_params = stacked ? count : count / num_tasks;
+  STD_TORCH_CHECK(metric.empty() || static_cast<int64_t>(metric.size()) == num_params,
+                  "gradstats::gram: expected a metric of ", num_params, " tensors, got ", metric.size());
+  std::vector<Walk> walks;
+  walks.reserve(num_params);
+  for (int64_t k = 0; k < num_params; ++k) {
+    Walk walk = stacked ? walk_of_block(grads[k], num_tasks) : walk_of_list(grads, num_tasks, num_params, k);
+    if (walk.numel == 0) continue;
+    if (!metric.empty()) {
+      const RowArgument row = row_argument(metric[k]);
+      walk.metric_dtype = row.dtype;
+      append_row(walk, row);
+    }
+    simplify(walk, num_tasks);
+    walks.push_back(std::move(walk));
+  }
+  return walks;
+}
+
+}  // namespace gradstats
