@@ -1,0 +1,296 @@
+"""The driver: losses in, weighted scalar out; decides when to collect, keeps ranks agreed and holds the state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gradstats.collect import collect, signature
+from gradstats.pairwise import check_names
+from gradstats.stats import GradStats
+from gradstats.weighting import Weighting, create
+
+logger = logging.getLogger(__name__)
+
+
+class Scalarizer(nn.Module):
+    """Weighted sum of task losses with weights that a weighting policy chooses.
+
+    Put ``loss = scalarizer(losses)`` before your own ``loss.backward()``; accumulation, gradient scalers, DDP and
+    trainers keep working, because this returns an ordinary scalar. A call in training mode with gradients enabled is
+    one micro-step, ``accumulate`` of them make a step; otherwise nothing is recorded or counted. A step that needs no
+    Gramian costs the weighted sum alone. A recorded step whose gradients are not finite is discarded, logged by task,
+    and recorded again at the next step.
+
+    With ``accumulate > 1`` a recorded step averages the Gramians and losses of its micro-steps (each is that of a
+    micro-batch, not of the accumulated gradient), and the weights that they decide apply from the next step on.
+
+    With several processes in the default ``torch.distributed`` group every rank must call with the same tasks:
+    gradients are averaged over ranks before the Gramian is formed and losses before they decide, so all ranks hold
+    the same weights to the last bit. A step at which ranks differ in their graphs is recorded at a later one.
+
+    Args:
+        weighting: Name of a weighting (see :func:`gradstats.weighting.available`) or a ``Weighting``.
+        tasks: Names of the tasks, in the order of the weights.
+        inputs: Where gradients are measured, as for :func:`gradstats.from_losses`; None for the shared parameters.
+        record_every: Also record the statistics at every ``record_every``-th step, whatever the weighting: a monitor.
+        accumulate: Micro-steps (calls) in an optimizer step.
+        method: How Gramians are collected, as for :func:`gradstats.from_losses`.
+        grad_scaler: The ``GradScaler`` of a float16 loop, so that recorded gradients are scaled like the user's own.
+        **options: Options of the weighting, where it is given by name. For ``"fixed"``, ``weights`` may be a mapping
+            from task name to number.
+
+    Attributes:
+        tasks: Names of the tasks.
+        weighting: The policy.
+        stats: The last recorded :class:`GradStats`; None before the first.
+
+    Raises:
+        ValueError: If an argument is out of its range or a name unknown.
+        TypeError: If an option does not belong to the weighting.
+    """
+
+    def __init__(
+        self,
+        weighting: str | Weighting,
+        *,
+        tasks: Sequence[str],
+        inputs: Any = None,
+        record_every: int | None = None,
+        accumulate: int = 1,
+        method: str = "auto",
+        grad_scaler: torch.amp.GradScaler | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.tasks = check_names(tasks, len(tasks))
+        for name, value in (("record_every", record_every), ("accumulate", accumulate)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        self.weighting = _weighting(weighting, self.tasks, options)
+        self.record_every, self.accumulate, self.method = record_every, accumulate, method
+        self.stats: GradStats | None = None
+        self._inputs = (inputs,)  # in a tuple, so that a module given as inputs does not become a submodule
+        self._grad_scaler = grad_scaler
+        self._step = 0
+        self._monitored = -1  # multiples of record_every that are done with
+        self._micro_losses: list[Tensor] = []
+        self._micro_stats: list[GradStats] = []
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights in force, float64 ``[T]``, in the order of ``tasks``."""
+        return self.weighting.weights
+
+    def wants_stats(self) -> bool:
+        """Whether the next training call will collect a Gramian."""
+        return self.weighting.wants_stats() or self._monitor_is_due()
+
+    def _monitor_is_due(self) -> bool:
+        # Due from each multiple of record_every until one succeeds.
+        return self.record_every is not None and self._step // self.record_every > self._monitored
+
+    # ---- one step ----------------------------------------------------------------------------------------------
+
+    def forward(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> Tensor:
+        """The weighted sum of the losses, with its graph.
+
+        Args:
+            losses: Scalars by task name (a task may be missing or None), or ``T`` of them in the order of ``tasks``.
+
+        Returns:
+            Scalar tensor, at least float32; differentiable where the losses are.
+
+        Raises:
+            ValueError: If a task is unknown, the number of losses is wrong, none is given or one is not a scalar.
+            TypeError: If a loss is not a tensor.
+        """
+        listed = self._listed(losses)
+        weights = self.weights
+        if self.training and torch.is_grad_enabled():
+            decided = self._count(listed, self._collect(listed) if self.wants_stats() else None)
+            weights = decided if self.accumulate == 1 else weights
+        return _weighted_sum(listed, weights)
+
+    def backward(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> Tensor:
+        """``loss = self(losses); loss.backward()`` in one: at a recorded step one collection gives both.
+
+        A recorded step uses the weights in force before its own statistics.
+
+        Args:
+            losses: As for :meth:`forward`.
+
+        Returns:
+            The weighted sum, detached. With a ``grad_scaler`` the gradients are those of the scaled sum.
+        """
+        if not (self.training and self.wants_stats()) or _distributed():
+            total = self(losses)
+            (total if self._grad_scaler is None else self._grad_scaler.scale(total)).backward()
+            return total.detach()
+        listed = self._listed(losses)
+        weights = self.weights
+        self._count(listed, self._collect(listed, weights))
+        return _weighted_sum(listed, weights).detach()
+
+    def _listed(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> list[Tensor | None]:
+        """One loss or None for each task, checked."""
+        if isinstance(losses, Mapping):
+            unknown = [name for name in losses if name not in self.tasks]
+            if unknown:
+                raise ValueError(f"losses: expected tasks among {list(self.tasks)}, got {unknown}")
+            listed = [losses.get(name) for name in self.tasks]
+        else:
+            listed = list(losses)
+            if len(listed) != len(self.tasks):
+                raise ValueError(f"losses: expected {len(self.tasks)}, one per task, got {len(listed)}")
+        for name, loss in zip(self.tasks, listed, strict=True):
+            if loss is None:
+                continue
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"losses: expected a tensor for task {name!r}, got {type(loss).__name__}")
+            if loss.numel() != 1:
+                raise ValueError(f"losses: expected a scalar for task {name!r}, got shape {tuple(loss.shape)}")
+        if all(loss is None for loss in listed):
+            raise ValueError("losses: expected at least one task's loss, got none")
+        return listed
+
+    def _collect(self, listed: list[Tensor | None], weights: Tensor | None = None) -> GradStats | None:
+        """This micro-step's Gramian, and with ``weights`` the weighted ``.grad``; None where it cannot be used."""
+        scale = 1.0 if self._grad_scaler is None else float(self._grad_scaler.get_scale())
+        scaled = [None if loss is None else loss * scale for loss in listed] if scale != 1.0 else listed
+        reduce = None
+        if _distributed():
+            if not _same_on_all_ranks(signature(self.tasks, scaled, self._inputs[0]), _device(listed)):
+                logger.warning("step %d: the ranks' graphs differ; a later step is recorded", self._step)
+                return None
+            reduce = _mean_over_ranks
+        stats = collect(
+            self.tasks,
+            scaled,
+            self._inputs[0],
+            method=self.method,
+            weights=weights,
+            loss_scale=scale,
+            retain_graph=weights is None,
+            reduce=reduce,
+        )
+        if stats.non_finite_names:
+            names = ", ".join(stats.non_finite_names)
+            logger.warning("step %d: the gradient of %s is not finite; a later step is recorded", self._step, names)
+            return None
+        return stats
+
+    def _count(self, listed: list[Tensor | None], stats: GradStats | None) -> Tensor:
+        """Count a micro-step; the last one of a step lets the weighting decide. Returns the weights in force."""
+        self._micro_losses.append(_detached(listed))
+        if stats is not None:
+            self._micro_stats.append(stats)
+        if len(self._micro_losses) < self.accumulate:
+            return self.weights
+        losses = _mean_of_known(torch.stack(self._micro_losses))
+        if _distributed() and self.weighting.needs:
+            losses = _mean_of_known_over_ranks(losses)
+        wanted = self.weighting.wants_stats()
+        step_stats = GradStats.mean(self._micro_stats) if self._micro_stats else None
+        if step_stats is not None:
+            self.stats = step_stats
+            if self.record_every is not None:
+                self._monitored = self._step // self.record_every
+        self._micro_losses, self._micro_stats = [], []
+        self._step += 1
+        weights: Tensor = self.weighting(losses, step_stats if wanted else None)
+        return weights
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Step counters for ``state_dict``, to be saved between steps; the weighting adds its own state."""
+        return {"tasks": list(self.tasks), "step": self._step, "monitored": self._monitored}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`get_extra_state` returned.
+
+        Raises:
+            ValueError: If the state belongs to other tasks.
+        """
+        if tuple(state["tasks"]) != self.tasks:
+            raise ValueError(f"state: expected tasks {list(self.tasks)}, got {list(state['tasks'])}")
+        self._step, self._monitored = state["step"], state["monitored"]
+        self._micro_losses, self._micro_stats = [], []
+
+
+def _weighting(weighting: str | Weighting, tasks: tuple[str, ...], options: dict[str, Any]) -> Weighting:
+    if isinstance(weighting, str):
+        if isinstance(options.get("weights"), Mapping):
+            by_name = options["weights"]
+            if set(by_name) != set(tasks):
+                raise ValueError(f"weights: expected one for each of {list(tasks)}, got {list(by_name)}")
+            options = {**options, "weights": [by_name[name] for name in tasks]}
+        return create(weighting, len(tasks), **options)
+    if not isinstance(weighting, Weighting):
+        raise TypeError(f"weighting: expected a name or a Weighting, got {type(weighting).__name__}")
+    if options:
+        raise TypeError(f"{', '.join(options)}: options go with a weighting given by name")
+    if weighting.num_tasks != len(tasks):
+        raise ValueError(f"weighting: expected one for {len(tasks)} tasks, got one for {weighting.num_tasks}")
+    return weighting
+
+
+def _weighted_sum(listed: list[Tensor | None], weights: Tensor) -> Tensor:
+    """``Σ w_t L_t`` over the losses given, at least in float32."""
+    given = [(t, loss) for t, loss in enumerate(listed) if loss is not None]
+    dtype = torch.float32
+    for _, loss in given:
+        dtype = torch.promote_types(dtype, loss.dtype)
+    losses = torch.stack([loss.reshape(()).to(dtype) for _, loss in given])
+    if len(given) < len(listed):
+        weights = weights[[t for t, _ in given]]
+    return losses @ weights.to(losses)
+
+
+def _device(listed: list[Tensor | None]) -> torch.device:
+    return next(loss.device for loss in listed if loss is not None)
+
+
+def _detached(listed: list[Tensor | None]) -> Tensor:
+    """The losses' values, float64 ``[T]``, NaN where there is none."""
+    absent = torch.full((), torch.nan, dtype=torch.float64, device=_device(listed))
+    return torch.stack([absent if loss is None else loss.detach().reshape(()).double() for loss in listed])
+
+
+def _mean_of_known(values: Tensor) -> Tensor:
+    """Mean over the first dimension of the finite entries; NaN where there is none."""
+    return torch.where(values.isfinite(), values, torch.nan).nanmean(0)
+
+
+# ---- several processes: what decides is agreed before it decides ---------------------------------------------------
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _mean_over_ranks(gradient: Tensor) -> Tensor:
+    """Mean over ranks, at least in float32; a new tensor, since blocks may be expanded views."""
+    total = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total.div_(dist.get_world_size())
+
+
+def _mean_of_known_over_ranks(losses: Tensor) -> Tensor:
+    known = losses.isfinite()
+    sums = torch.stack([torch.where(known, losses, 0.0), known.double()])
+    dist.all_reduce(sums)
+    return torch.where(sums[1] > 0, sums[0] / sums[1], torch.nan)
+
+
+def _same_on_all_ranks(value: int, device: torch.device) -> bool:
+    """Whether all ranks hold the same 62-bit number."""
+    bounds = torch.tensor([value, -value], dtype=torch.int64, device=device)
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+    return int(bounds[0]) == -int(bounds[1])

@@ -1,0 +1,31 @@
+"""Weightings: policies from losses and Gramian to one weight per task, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gradstats.weighting.autoscale import AutoScale
+from gradstats.weighting.base import Weighting
+from gradstats.weighting.constant import Fixed, Uniform
+from gradstats.weighting.slaw import SLAW
+
+_BY_NAME: dict[str, type[Weighting]] = {"uniform": Uniform, "fixed": Fixed, "autoscale": AutoScale, "slaw": SLAW}
+
+__all__ = ["SLAW", "AutoScale", "Fixed", "Uniform", "Weighting", "available", "create"]
+
+
+def available() -> tuple[str, ...]:
+    """Names that :func:`create` knows."""
+    return tuple(_BY_NAME)
+
+
+def create(name: str, num_tasks: int, **options: Any) -> Weighting:
+    """Make the weighting called ``name`` for ``num_tasks`` tasks; ``options`` are those of its class.
+
+    Raises:
+        ValueError: If there is no weighting of that name, or an option has a wrong value.
+        TypeError: If the weighting has no such option, or a required one is missing.
+    """
+    if name not in _BY_NAME:
+        raise ValueError(f"weighting: expected one of {', '.join(_BY_NAME)}, got {name!r}")
+    return _BY_NAME[name](num_tasks, **options)

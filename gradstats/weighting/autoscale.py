@@ -1,0 +1,292 @@
+"""AutoScale: fixed weights from the gradient statistics of a short exploration phase."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from gradstats.stats import GradStats
+from gradstats.weighting.base import Weighting
+
+logger = logging.getLogger(__name__)
+
+Cost = Literal["magnitude", "condition", "loss"]
+Predictor = Literal["linear", "last", "mean", "ema", "exponential"]
+Normalize = Literal["gradient", "sum"]
+
+_EMA_BETA = 0.9
+_SHORTEST_WINDOW = 10  # steps
+#: Bound on each weight relative to the geometric mean of all.
+WEIGHT_RANGE = 1e6
+
+
+class AutoScale(Weighting):
+    """Weights that make gradient metrics good during an exploration phase, fixed afterwards (arXiv 2508.13979, 2025).
+
+    Phase 1, the first ``explore`` of all steps, is cut into windows. In each, the network trains with the weights of
+    the window before (all ones at first) while ``samples_per_window`` evenly spaced steps record the Gramian and the
+    losses; at its end the weights that minimise ``cost`` over those samples follow. Phase 2 trains the remaining steps
+    with the one weight vector that ``predictor`` makes of the windows' weights, and records nothing.
+
+    The paper publishes the phases, the metrics, ``explore = 0.2``, the constraint ``sum(w) = T`` and that linear
+    extrapolation predicts best. The forms of the costs and their solutions, the windows, the first weights, the
+    predictors' details and ``normalize`` are our choice:
+
+    * ``cost="magnitude"``: equal norms of the weighted gradients, ``w_i ∝ exp(-mean_t log n_i(t))``.
+    * ``cost="condition"``: least mean over samples of ``log κ(diag(w) G_t diag(w))``, a convex problem in ``log w``;
+      where the gradients are linearly dependent no weights help and those of ``"magnitude"`` are taken.
+    * ``cost="loss"``: equal weighted losses, ``w_i ∝ exp(-mean_t log L_i(t))``; needs positive losses.
+    * ``predictor`` works on the logarithms of the windows' weights, at the end of phase 1: ``"last"`` window, ``"mean"``,
+      ``"ema"`` (window ``i`` of ``n`` counts ``0.9^(n-i)``), ``"linear"`` least squares, and ``"exponential"``, least
+      squares of ``a + b exp(-x/τ)`` with ``τ`` shared between tasks.
+    * ``normalize="gradient"`` scales every new vector so that the norm of the aggregated gradient ``sqrt(wᵀ G w)`` over the
+      window just recorded does not change. Adam's second moments remember old gradient scales for thousands of steps,
+      so with badly scaled tasks a jump ruins the training that the weights should help. ``"sum"`` is ``sum(w) = T``.
+
+    Each weight stays within a factor 1e6 of the geometric mean of all. A task whose gradient (or loss) was zero or
+    absent in every sample of a window keeps the weight that it had.
+
+    Args:
+        num_tasks: Number of tasks ``T``.
+        total_steps: Optimizer steps of the whole training.
+        cost: What the weights of a window optimise.
+        predictor: How the fixed weights follow from the windows' weights.
+        explore: Share of the steps that is phase 1, in (0, 1].
+        windows: Number of windows; fewer in short runs, where each has at least 10 steps.
+        samples_per_window: Recorded steps in a window; at most its length.
+        normalize: How weight vectors are scaled.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+
+    STATE = ("step", "weights", "window_weights", "_window_gram", "_grams", "_losses")
+
+    def __init__(
+        self,
+        num_tasks: int,
+        total_steps: int,
+        *,
+        cost: Cost = "magnitude",
+        predictor: Predictor = "linear",
+        explore: float = 0.2,
+        windows: int = 10,
+        samples_per_window: int = 10,
+        normalize: Normalize = "gradient",
+    ) -> None:
+        super().__init__(num_tasks)
+        for name, value in (("total_steps", total_steps), ("windows", windows), ("samples_per_window", samples_per_window)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        if not 0.0 < explore <= 1.0:
+            raise ValueError(f"explore: expected a number in (0, 1], got {explore!r}")
+        for name, value, choices in (("cost", cost, Cost), ("predictor", predictor, Predictor), ("normalize", normalize, Normalize)):
+            if value not in get_args(choices):
+                raise ValueError(f"{name}: expected one of {', '.join(get_args(choices))}, got {value!r}")
+        self.cost, self.predictor, self.normalize = cost, predictor, normalize
+        self.explore_steps = max(1, round(explore * total_steps))
+        self.windows = min(windows, max(1, self.explore_steps // _SHORTEST_WINDOW))
+        self.samples_per_window = samples_per_window
+        self.step = 0
+        #: Weights found by the windows so far, each with ``sum(w) = T``: float64 ``[windows so far, T]``.
+        self.window_weights = torch.empty(0, num_tasks, dtype=torch.float64)
+        self._window_gram = torch.zeros(num_tasks, num_tasks, dtype=torch.float64)
+        self._grams: list[Tensor] = []
+        self._losses: list[Tensor] = []
+
+    @property
+    def exploring(self) -> bool:
+        """Whether phase 1 is still going on."""
+        return self.step < self.explore_steps
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What is left to record: nothing any more in phase 2."""
+        if not self.exploring:
+            return frozenset()
+        gramian = self.cost != "loss" or self.normalize == "gradient"
+        losses = self.cost == "loss"
+        return frozenset({"gramian"} if gramian else ()) | frozenset({"losses"} if losses else ())
+
+    def wants_stats(self) -> bool:
+        """Whether the step about to be taken is one to record."""
+        return "gramian" in self.needs and self._sample_is_due()
+
+    def _window(self) -> tuple[int, int]:
+        """First step of the window that ``step`` lies in, and its length."""
+        index = ((self.step + 1) * self.windows - 1) // self.explore_steps
+        start, stop = (i * self.explore_steps // self.windows for i in (index, index + 1))
+        return start, stop - start
+
+    def _sample_is_due(self) -> bool:
+        # A sample that could not be taken stays due, so the next step takes it.
+        start, length = self._window()
+        samples = min(self.samples_per_window, length)
+        return len(self._losses) < (self.step - start + 1) * samples // length
+
+    def forward(self, losses: Tensor, stats: GradStats | None = None) -> Tensor:
+        """Record the step if it is due and return the weights in force; the last step of a window prepares the next."""
+        weights = self.weights = self.weights.to(losses.device)
+        if not self.exploring:
+            return weights
+        if self._sample_is_due() and (stats is not None or "gramian" not in self.needs):
+            self._losses = [*self._losses, losses.detach().double().cpu()]
+            if stats is not None:
+                self._grams = [*self._grams, stats.gram.detach().cpu()]
+        start, length = self._window()
+        self.step += 1
+        if self.step == start + length:
+            self._close_window()
+        return weights
+
+    def _close_window(self) -> None:
+        if self._losses:
+            self.window_weights = torch.cat([self.window_weights, self._solve()[None]])
+            if self._grams:
+                self._window_gram = torch.stack(self._grams).mean(0)
+        else:
+            logger.warning("AutoScale: no step of the window ending at step %d could be recorded", self.step)
+        self._grams, self._losses = [], []
+        if len(self.window_weights):
+            last = self.window_weights[-1]
+            self.weights = self._scaled(last if self.exploring else predict(self.window_weights, self.predictor))
+
+    def _solve(self) -> Tensor:
+        """Weights of the window just recorded, float64 ``[T]`` with ``sum(w) = T``."""
+        if self.cost == "loss":
+            log_weights = balancing_log_weights(torch.stack(self._losses), self.weights.cpu())
+        else:
+            grams = torch.stack(self._grams)
+            log_weights = balancing_log_weights(grams.diagonal(dim1=1, dim2=2).sqrt(), self.weights.cpu())
+            if self.cost == "condition":
+                log_weights = least_condition_log_weights(grams, log_weights)
+        return _normalized(log_weights)
+
+    def _scaled(self, weights: Tensor) -> Tensor:
+        if self.normalize == "sum":
+            return weights
+        before, after = (w @ self._window_gram @ w for w in (self.weights.cpu(), weights))
+        return weights * (before / after).sqrt() if before > 0 and after > 0 else weights
+
+
+def balancing_log_weights(sizes: Tensor, previous: Tensor) -> Tensor:
+    """``-mean_t log sizes_i(t)``: the weights that make ``w_i sizes_i`` equal, least squares in the logarithm.
+
+    Args:
+        sizes: Gradient norms or losses of the samples, float64 ``[S, T]``; entries that are not positive and finite
+            do not count.
+        previous: Weights in force, float64 ``[T]``: a task that never counts keeps its share among those that do.
+
+    Returns:
+        Float64 tensor ``[T]``, defined up to a common constant.
+    """
+    known = sizes.isfinite() & (sizes > 0)
+    logs = torch.where(known, sizes, 1.0).log()
+    result = -logs.sum(0) / known.sum(0).clamp_min(1)
+    found = known.any(0)
+    if found.all():
+        return result
+    offset = (result - previous.log())[found].mean() if found.any() else 0.0
+    return torch.where(found, result, previous.log() + offset)
+
+
+def least_condition_log_weights(grams: Tensor, start: Tensor) -> Tensor:
+    """Minimise the mean of ``log κ(diag(w) G_t diag(w))`` over ``log w``, from ``start``.
+
+    Both ``log λ_max`` and ``-log λ_min`` are convex in ``log w``, so any minimum is global. Where eigenvalues coincide
+    they have kinks; we minimise the softmax over eigenvalues at falling temperatures, which differs from the maximum
+    by at most the temperature times ``log T``.
+
+    Args:
+        grams: Gramians of the samples, float64 ``[S, T, T]``. Samples of linearly dependent gradients are left out:
+            their condition number is infinite whatever the weights.
+        start: Starting point, float64 ``[T]``, such as equal magnitude, which is within ``√T`` of the optimum.
+
+    Returns:
+        Float64 tensor ``[T]``, defined up to a common constant; ``start`` if every sample is left out.
+    """
+    num_tasks = grams.shape[1]
+    # On a starting point with equal magnitudes the problem is well scaled, whatever the scale of the tasks.
+    scaled = torch.exp(start)[:, None] * grams * torch.exp(start)[None, :]
+    scaled = scaled / scaled.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    scaled = scaled[scaled.isfinite().all(2).all(1)]
+    eigenvalues = torch.linalg.eigvalsh(scaled)
+    scaled = scaled[eigenvalues[:, 0] > num_tasks * torch.finfo(torch.float64).eps * eigenvalues[:, -1]]
+    if num_tasks == 1 or not len(scaled):
+        return start
+    shift = torch.zeros(num_tasks, dtype=torch.float64, requires_grad=True)
+    for temperature in (0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 1e-4, 1e-5, 1e-6):
+        _minimise(shift, scaled, temperature)
+    return start + shift.detach()
+
+
+def _minimise(shift: Tensor, grams: Tensor, temperature: float) -> None:
+    """One smooth problem by L-BFGS, in place; gradients from the eigenvectors, ``∂ log λ / ∂ log w_i = 2 v_i²``."""
+    solver = torch.optim.LBFGS(
+        [shift], max_iter=100, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        with torch.no_grad():
+            scale = shift.exp()
+            values, vectors = torch.linalg.eigh(scale[:, None] * grams * scale[None, :])
+            logs = values.clamp_min(torch.finfo(torch.float64).tiny).log() / temperature
+            upper, lower = torch.softmax(logs, 1), torch.softmax(-logs, 1)
+            shift.grad = (vectors.square() @ (upper - lower)[:, :, None]).mean(0).squeeze(1)
+            smooth = torch.logsumexp(logs, 1) + torch.logsumexp(-logs, 1)
+            return temperature * smooth.mean() / 2
+
+    solver.step(closure)
+
+
+def predict(window_weights: Tensor, predictor: Predictor) -> Tensor:
+    """The fixed weights of phase 2 from the windows' weights.
+
+    Args:
+        window_weights: Positive weights of ``n`` windows of equal length, float64 ``[n, T]``.
+        predictor: As described at :class:`AutoScale`; the trend is read off at the end of the last window.
+
+    Returns:
+        Float64 tensor ``[T]`` with ``sum(w) = T``.
+    """
+    logs = window_weights.log()
+    num = len(logs)
+    middles = torch.arange(num, dtype=torch.float64) + 0.5
+    if predictor == "last" or num == 1:
+        result = logs[-1]
+    elif predictor == "mean":
+        result = logs.mean(0)
+    elif predictor == "ema":
+        share = _EMA_BETA ** torch.arange(num - 1, -1, -1, dtype=torch.float64)
+        result = share @ logs / share.sum()
+    elif predictor == "linear" or num == 2:
+        result = _fitted(middles, middles.new_tensor(num), logs)[0]
+    else:
+        result = _exponential(middles, logs)
+    return _normalized(result)
+
+
+def _fitted(feature: Tensor, at: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
+    """Least squares of ``a + b feature`` for every task: its value ``[T]`` at ``at``, and the squared residual."""
+    design = torch.stack([torch.ones_like(feature), feature], 1)
+    coefficients = torch.linalg.lstsq(design, logs).solution
+    residual = (design @ coefficients - logs).square().sum()
+    return coefficients[0] + coefficients[1] * at, residual
+
+
+def _exponential(middles: Tensor, logs: Tensor) -> Tensor:
+    """``a + b exp(-x/τ)`` at the end of phase 1, with the τ (in windows, on a grid) of least squared residual."""
+    end = middles.new_tensor(len(middles))
+    decay_times = torch.logspace(-0.5, 2.0, 51, dtype=torch.float64)
+    fits = [_fitted(torch.exp(-middles / tau), torch.exp(-end / tau), logs) for tau in decay_times]
+    return min(fits, key=lambda fit: float(fit[1]))[0]
+
+
+def _normalized(log_weights: Tensor) -> Tensor:
+    """``exp`` of the clamped logarithms, scaled to ``sum(w) = T``."""
+    bound = torch.tensor(WEIGHT_RANGE, dtype=torch.float64).log()
+    centred = (log_weights - log_weights.mean()).clamp(-bound, bound)
+    return len(log_weights) * torch.softmax(centred, 0)
