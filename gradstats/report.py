@@ -1,0 +1,426 @@
+"""Results of experiments: relative drop, intervals, tables, and pictures in one style.
+
+Plot functions take plain data and return a ``matplotlib.figure.Figure`` that belongs to no window and no global state;
+:func:`save_figure` writes it. They need the extra ``plot`` (matplotlib); everything else here does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from gradstats.stats import GradStats
+
+P = ParamSpec("P")
+
+# Okabe & Ito's palette, which colour-blind readers can tell apart, without its yellow, too pale for thin lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 3)), (0, (1, 3)))
+_STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#666666",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+}
+_MUTED = "#666666"
+_DPI = 160
+_MOST_ANNOTATED = 12  # tasks; beyond, numbers in the cells of a heat map are too small to read
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean of a few runs with Student's t-interval, for runs that are independent and roughly normal.
+
+    ``str`` and f-strings give ``mean ± half width``; a format such as ``{interval:.1f}`` holds for both numbers.
+
+    Attributes:
+        mean: Mean of the values.
+        half_width: Half the width of the interval; NaN with fewer than two values.
+        values: The values themselves.
+        confidence: Coverage of the interval, such as 0.95.
+    """
+
+    mean: float
+    half_width: float
+    values: tuple[float, ...]
+    confidence: float = 0.95
+
+    def __format__(self, spec: str) -> str:
+        if math.isnan(self.half_width):
+            return format(self.mean, spec)
+        return f"{self.mean:{spec}} ± {self.half_width:{spec}}"
+
+    def __str__(self) -> str:
+        return format(self, ".3g")
+
+
+def interval(values: Iterable[float], *, confidence: float = 0.95) -> Interval:
+    """Mean of ``values`` with the two-sided t-interval ``mean ± t s / sqrt(n)``, ``s`` with ``n - 1`` in the divisor.
+
+    Args:
+        values: At least one finite number, such as one result for each seed.
+        confidence: Coverage, in (0, 1).
+
+    Raises:
+        ValueError: If there is no value, one is not finite, or ``confidence`` is outside (0, 1).
+    """
+    numbers = tuple(float(value) for value in values)
+    if not numbers or not all(math.isfinite(value) for value in numbers):
+        raise ValueError(f"values: expected at least one number, all finite, got {list(numbers)}")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence: expected a number in (0, 1), got {confidence!r}")
+    count = len(numbers)
+    mean = math.fsum(numbers) / count
+    if count == 1:
+        return Interval(mean, math.nan, numbers, confidence)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in numbers) / (count - 1))
+    return Interval(mean, _t_quantile(confidence, count - 1) * deviation / math.sqrt(count), numbers, confidence)
+
+
+def _t_quantile(confidence: float, freedom: int) -> float:
+    """``t`` with ``P(|X| < t) = confidence`` for Student's X, by bisection on ``atan(t / sqrt(freedom))``."""
+    low, high = 0.0, math.pi / 2
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if _t_coverage(middle, freedom) < confidence else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _t_coverage(angle: float, freedom: int) -> float:
+    """``P(|X| < sqrt(freedom) tan(angle))``: the finite sums 26.7.3 and 26.7.4 of Abramowitz & Stegun (1964)."""
+    odd = freedom % 2
+    term, total = (math.cos(angle) if odd else 1.0), 0.0
+    for k in range(1, freedom // 2 + 1):
+        total += term
+        term *= math.cos(angle) ** 2 * (2 * k - 1 + odd) / (2 * k + odd)
+    return (2 / math.pi) * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+
+def relative_drop(
+    metrics: Mapping[str, float], reference: Mapping[str, float], *, higher_is_better: Mapping[str, bool]
+) -> float:
+    """Mean relative drop Δm against a reference, in percent; negative where the method beats the reference.
+
+    The mean over metrics of ``(reference - metric) / reference`` where higher is better and of
+    ``(metric - reference) / reference`` where lower is (Maninis et al., 2019), usually against single-task models.
+
+    Args:
+        metrics: Value of each metric.
+        reference: Value of each metric for the reference; positive.
+        higher_is_better: For each metric, whether larger values are better.
+
+    Raises:
+        ValueError: If the three do not name the same metrics, none is given, or a reference is not positive.
+    """
+    if not metrics or not (set(metrics) == set(reference) == set(higher_is_better)):
+        raise ValueError(
+            "metrics, reference and higher_is_better: expected the same names, at least one, "
+            f"got {sorted(metrics)}, {sorted(reference)} and {sorted(higher_is_better)}"
+        )
+    for name, value in reference.items():
+        if not value > 0:
+            raise ValueError(f"reference: expected a positive value for {name!r}, got {value!r}")
+    drops = [
+        (reference[name] - value if higher_is_better[name] else value - reference[name]) / reference[name]
+        for name, value in metrics.items()
+    ]
+    return 100.0 * math.fsum(drops) / len(drops)
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
+    """A table of text: first column to the left, the others to the right.
+
+    Args:
+        header: One title for each column.
+        rows: Cells of each row, as many as there are titles.
+        markdown: Markdown (GitHub's tables) instead of fixed-width text with a rule under the header.
+
+    Raises:
+        ValueError: If there is no column, or a row has another number of cells than the header.
+    """
+    if not header:
+        raise ValueError("header: expected at least one column, got none")
+    for number, row in enumerate(rows):
+        if len(row) != len(header):
+            raise ValueError(f"rows: expected {len(header)} cells in row {number}, got {len(row)}: {list(row)}")
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    if markdown:
+        widths = [max(width, 3) for width in widths]
+    padded = [
+        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        for line in lines
+    ]
+    if not markdown:
+        padded.insert(1, ["-" * width for width in widths])
+        return "\n".join("  ".join(line).rstrip() for line in padded)
+    padded.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def _styled(plot: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Run a plot function in our style, which holds for what it creates and for nothing else."""
+
+    @functools.wraps(plot)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        try:
+            from matplotlib import rc_context
+        except ImportError as error:
+            raise ImportError("plots need matplotlib: pip install 'gradstats[plot]'") from error
+        with rc_context(_STYLE):
+            return plot(*args, **kwargs)
+
+    return styled
+
+
+@_styled
+def plot_stats(stats: GradStats) -> Figure:
+    """Heat map of the cosines between task gradients, with the gradient norms beside it.
+
+    Args:
+        stats: Any :class:`GradStats`. Absent tasks, and cosines that are not finite, are left grey.
+
+    Raises:
+        ImportError: If matplotlib is not installed (extra ``plot``).
+    """
+    size = max(2.4, 0.55 * stats.num_tasks if stats.num_tasks <= _MOST_ANNOTATED else 6.0)
+    figure, (heat, side) = _figure(1, 2, width=2 * size + 2.2, height=size + 0.9, ratios=(1.25, 1), share_y=False)
+    present = stats.present.cpu()
+    cosine = stats.cosine.cpu().masked_fill(~(present[:, None] & present[None, :]), math.nan)
+    norms = stats.norms.cpu().masked_fill(~present, math.nan).tolist()
+
+    heat.set_facecolor("#D9D9D9")
+    image = heat.imshow(cosine.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, aspect="equal")
+    heat.grid(visible=False)
+    heat.set_title("cosine of task gradients")
+    annotated = stats.num_tasks <= _MOST_ANNOTATED
+    heat.set_xticks(range(stats.num_tasks), stats.names, rotation=0 if stats.num_tasks <= 3 else 90)
+    heat.set_yticks(range(stats.num_tasks), stats.names)
+    heat.spines[:].set_visible(False)
+    heat.tick_params(length=0)
+    for (i, j), value in (((i, j), float(cosine[i, j])) for i in range(len(cosine)) for j in range(len(cosine))):
+        if annotated:
+            text = "–" if math.isnan(value) else f"{value:.2f}".replace("-", "−")
+            heat.text(j, i, text, ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
+    figure.colorbar(image, ax=heat, ticks=(-1, 0, 1), shrink=0.85, pad=0.03).outline.set_visible(False)
+
+    side.set_title("gradient norm")
+    side.set_ylim(heat.get_ylim())
+    side.set_yticks(range(stats.num_tasks), [""] * stats.num_tasks)
+    side.tick_params(axis="y", length=0)
+    positive = [norm for norm in norms if math.isfinite(norm) and norm > 0] or [1.0]
+    side.set_xscale("log")
+    low, high = math.floor(math.log10(min(positive))), math.floor(math.log10(max(positive))) + 1
+    side.set_xlim(10.0**low, 10.0 ** (high + 0.4 * (high - low)))  # room for the numbers
+    for row, norm in enumerate(norms):
+        known = math.isfinite(norm) and norm > 0
+        if known:
+            side.plot(norm, row, "o", color=COLOURS[0])
+        label = f"{norm:.4g}" if bool(present[row]) else "absent"
+        side.annotate(
+            label, (norm if known else 10.0**low, row), (7, 0), textcoords="offset points", va="center", ha="left"
+        )
+    return figure
+
+
+@_styled
+def plot_weights(runs: Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]], names: Sequence[str]) -> Figure:
+    """Task weights over time, one panel a method; a logarithmic axis where all weights are positive.
+
+    Args:
+        runs: For each method, the steps ``[S]`` and the weights in force at them ``[S, T]``.
+        names: Names of the ``T`` tasks.
+
+    Raises:
+        ImportError: If matplotlib is not installed (extra ``plot``).
+        ValueError: If there is no run, or one has no step, or weights of another shape than ``[S, T]``.
+    """
+    if not runs:
+        raise ValueError("runs: expected at least one, got none")
+    for method, (steps, weights) in runs.items():
+        if not len(steps) or len(steps) != len(weights) or any(len(row) != len(names) for row in weights):
+            raise ValueError(
+                f"runs: expected {len(names)} weights at each of {len(steps)} > 0 steps for {method!r}, "
+                f"got rows of {sorted({len(row) for row in weights})} at {len(weights)}"
+            )
+    figure, panels = _figure(1, len(runs), width=max(4.2, 1.2 + 3.1 * len(runs)), height=3.3)
+    for panel, (method, (steps, weights)) in zip(panels, runs.items(), strict=True):
+        for task, name in enumerate(names):
+            _line(panel, steps, [float(row[task]) for row in weights], name, task)
+        panel.set_title(method)
+        panel.set_xlabel("optimizer step")
+    panels[0].set_ylabel("task weight")
+    if all(float(weight) > 0 for _, weights in runs.values() for row in weights for weight in row):
+        panels[0].set_yscale("log")
+    _legend_above(figure, panels[0])
+    return figure
+
+
+@_styled
+def plot_curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    ylabel: str,
+    ylim: tuple[float, float] | None = None,
+) -> Figure:
+    """One metric over time for several methods.
+
+    Args:
+        curves: For each method, the steps and the metric's value at them.
+        ylabel: What the metric is, with its unit.
+        ylim: Ends of the vertical axis, such as (0, 1); None to fit the data.
+
+    Raises:
+        ImportError: If matplotlib is not installed (extra ``plot``).
+        ValueError: If there is no curve, or one is empty or has steps and values of different number.
+    """
+    if not curves:
+        raise ValueError("curves: expected at least one, got none")
+    for method, (steps, values) in curves.items():
+        if not len(steps) or len(steps) != len(values):
+            raise ValueError(
+                f"curves: expected one value a step for {method!r}, got {len(values)} for {len(steps)} steps"
+            )
+    figure, (panel,) = _figure(1, 1, width=7.0, height=3.4)
+    for position, (method, curve) in enumerate(curves.items()):
+        _line(panel, *curve, method, position)
+    panel.set_xlabel("optimizer step")
+    panel.set_ylabel(ylabel)
+    if ylim is not None:
+        panel.set_ylim(*ylim)
+    _legend_above(figure, panel)
+    return figure
+
+
+@_styled
+def plot_intervals(results: Mapping[str, Mapping[str, Interval]], *, reference: str | None = None) -> Figure:
+    """Results of several methods: one panel a metric, a mean with its interval for each method, single runs as dots.
+
+    Args:
+        results: For each method, the interval of each metric. Keys of the metrics are the panels' labels, so name
+            the unit there. A method may lack metrics.
+        reference: Method whose mean is drawn as a dashed line through each panel.
+
+    Raises:
+        ImportError: If matplotlib is not installed (extra ``plot``).
+        ValueError: If there is no method or no metric, or ``reference`` is not among the methods.
+    """
+    metrics = list(dict.fromkeys(metric for row in results.values() for metric in row))
+    if not metrics:
+        raise ValueError("results: expected at least one method with at least one metric, got none")
+    if reference is not None and reference not in results:
+        raise ValueError(f"reference: expected one of {list(results)}, got {reference!r}")
+    # The reference stays neutral, so that the others have the colours that they have in the other pictures.
+    others = [method for method in results if method != reference]
+    colours = {method: COLOURS[position % len(COLOURS)] for position, method in enumerate(others)}
+    if reference is not None:
+        colours[reference] = _MUTED
+    columns = min(len(metrics), 4)
+    rows = math.ceil(len(metrics) / columns)
+    height = rows * (0.95 + 0.33 * len(results))
+    figure, panels = _figure(rows, columns, width=1.3 + 2.1 * columns, height=height)
+    for panel, metric in zip(panels, metrics, strict=False):
+        for position, (method, row) in enumerate(results.items()):
+            if metric in row:
+                _interval(panel, position, row[metric], colours[method])
+            if method == reference and metric in row:
+                panel.axvline(row[metric].mean, color=_MUTED, linewidth=1.0, linestyle="--", zorder=1)
+        panel.set_yticks(range(len(results)), list(results))
+        panel.set_ylim(len(results) - 0.5, -0.5)
+        panel.tick_params(axis="y", length=0)
+        panel.grid(visible=False, axis="y")
+        panel.margins(x=0.12)
+        panel.locator_params(axis="x", nbins=4)
+        panel.set_xlabel(metric)
+    for panel in panels[len(metrics) :]:
+        panel.set_visible(False)
+    return figure
+
+
+def _interval(panel: Axes, position: int, result: Interval, colour: str) -> None:
+    spread = 0.0 if math.isnan(result.half_width) else result.half_width
+    panel.errorbar(result.mean, position, xerr=spread, fmt="o", color=colour, capsize=3, markersize=6, zorder=3)
+    panel.scatter(result.values, [position + 0.24] * len(result.values), s=9, color=colour, alpha=0.55, linewidths=0)
+
+
+def _line(panel: Axes, steps: Sequence[float], values: Sequence[float], label: str, position: int) -> None:
+    """One line in the colour and dashes of its position, so that neither colour nor print is needed to tell."""
+    style: Any = DASHES[position % len(DASHES)]
+    panel.plot(steps, values, label=label, color=COLOURS[position % len(COLOURS)], linestyle=style)
+
+
+def _legend_above(figure: Figure, panel: Axes) -> None:
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), handlelength=2.6)
+
+
+def _figure(
+    rows: int,
+    columns: int,
+    *,
+    width: float,
+    height: float,
+    ratios: Sequence[float] | None = None,
+    share_y: bool = True,
+) -> tuple[Figure, list[Axes]]:
+    """A figure in our style with its panels row by row; sizes in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=share_y, squeeze=False, width_ratios=ratios)
+    return figure, list(panels.flat)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write ``figure`` atomically, in the format of the ending of ``path`` (``.png``, ``.svg``, ``.pdf``)."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=Path(path).suffix.lstrip(".") or "png")
+    write_file(path, buffer.getvalue())
+
+
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write text (as UTF-8) or bytes so that ``path`` holds the old content or the whole new one, never a part."""
+    target = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)  # mkstemp hides what it makes from other users; results are for everyone
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
