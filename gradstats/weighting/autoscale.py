@@ -218,7 +218,7 @@ def least_condition_log_weights(grams: Tensor, start: Tensor) -> Tensor:
     if num_tasks == 1 or not len(scaled):
         return start
     shift = torch.zeros(num_tasks, dtype=torch.float64, requires_grad=True)
-    for temperature in (0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 1e-4, 1e-5, 1e-6):
+    for temperature in (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6):
         _minimise(shift, scaled, temperature)
     return start + shift.detach()
 
@@ -253,6 +253,7 @@ def predict(window_weights: Tensor, predictor: Predictor) -> Tensor:
         Float64 tensor ``[T]`` with ``sum(w) = T``.
     """
     logs = window_weights.log()
+    logs = logs - logs.mean(1, keepdim=True)  # only ratios carry information; sum(w) = T bends them
     num = len(logs)
     middles = torch.arange(num, dtype=torch.float64) + 0.5
     if predictor == "last" or num == 1:
