@@ -1,0 +1,176 @@
+"""Losses -> :class:`~gradstats.stats.GradStats` during backward.
+
+``from_losses`` and ``backward`` are the public functions; :mod:`~gradstats.collect.driver` runs a collection, with one
+file for each method; :mod:`~gradstats.collect.graph` reads the autograd graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gradstats.collect import arguments as args
+from gradstats.collect.arguments import GroupBy, Inputs, Losses, Metric, Weights
+from gradstats.collect.driver import collect, signature
+from gradstats.collect.graph import Graph
+from gradstats.stats import GradStats
+
+__all__ = ["backward", "collect", "from_losses", "shared_parameters", "signature"]
+
+
+def from_losses(
+    losses: Losses,
+    inputs: Inputs = None,
+    *,
+    method: str = "auto",
+    owner: Tensor | None = None,
+    group_by: GroupBy | None = None,
+    metric: Metric | None = None,
+    loss_scale: float | Tensor | None = None,
+    max_bytes: int | None = None,
+    num_directions: int | None = None,
+    store_dtype: torch.dtype | None = None,
+    retain_graph: bool = False,
+) -> GradStats:
+    """The Gramian of the gradients of several losses, computed during one backward.
+
+    Every gradient is folded into the Gramian as it appears and freed at once. ``.grad``, buffers, random-number state
+    and hooks stay as they were, and so does the graph with ``retain_graph``. Models need no change.
+
+    Args:
+        losses: A mapping from task name to loss, a sequence of losses, or a tensor ``[T]``. A loss is one number. A
+            task without a loss at this step may be given as None; it, or a task whose loss has no graph while
+            another's has, gets a zero row and ``stats.present[t]`` False.
+        inputs: What to differentiate with respect to: tensors (parameters or activations), ``(name, tensor)`` pairs,
+            a mapping, or a module (its parameters that require grad). A tensor given twice counts once. None stands
+            for the leaves that at least two losses reach; where there are none, as with a single loss or losses that
+            share nothing, for all leaves that a loss reaches (our choice), which makes the Gramian diagonal.
+        method: How to collect:
+
+            * ``"batched"``: one backward, whose shared part carries the gradients of all tasks under ``torch.vmap``;
+            * ``"sequential"``: ``T`` calls of ``torch.autograd.grad``; holds all ``T`` gradients;
+            * ``"engine"``: ``T`` backwards through the leaves' accumulation, which run every hook there, with
+              ``.grad`` put back afterwards; for FSDP2, whose parameters ``torch.autograd.grad`` cannot see;
+            * ``"auto"``: "engine" if an input is a DTensor, else "batched", or "sequential" where vmap refuses the
+              backward (compiled models, sparse embeddings, hooks that read values), which is logged once.
+        owner: Not built yet.
+        group_by: ``"parameter"``, ``"module"`` (the name up to its last dot) or a function of the name. Fills
+            ``stats.groups`` with statistics by group, whose Gramians sum to the total. Needs named inputs.
+        metric: Positive diagonal ``d``, one tensor in the shape of each input: a sequence in the order of the inputs
+            or a mapping from their names. The result is the Gramian ``J diag(d) Jᵀ``.
+        loss_scale: A factor that the losses carry already, such as a gradient scaler's, undone in the Gramian.
+        max_bytes: Not built yet.
+        num_directions: Not built yet.
+        store_dtype: With ``method="sequential"``, the dtype that gradients are kept in until all are there; bfloat16
+            halves the memory of float32 at a relative error of 2^-9 in each entry.
+        retain_graph: Whether the graph is kept for another backward.
+
+    Returns:
+        The statistics; ``stats.method`` says which method was used.
+
+    Raises:
+        TypeError: If a loss, an input or a metric has a wrong type.
+        ValueError: If a loss is not one number, no loss has a graph or none reaches any input, or an option does not
+            fit, as its message says.
+        NotImplementedError: If an option is asked for that is not built yet.
+        RuntimeError: If ``method="batched"`` cannot carry this backward, or the graph has been freed.
+    """
+    _refuse_unbuilt(owner=owner, max_bytes=max_bytes, num_directions=num_directions)
+    names, tensors = args.normal_losses(losses)
+    return collect(
+        names,
+        tensors,
+        inputs,
+        method=method,
+        group_by=group_by,
+        metric=metric,
+        loss_scale=loss_scale,
+        store_dtype=store_dtype,
+        retain_graph=retain_graph,
+    )
+
+
+def backward(
+    losses: Losses,
+    weights: Weights,
+    inputs: Inputs = None,
+    *,
+    method: str = "auto",
+    owner: Tensor | None = None,
+    group_by: GroupBy | None = None,
+    metric: Metric | None = None,
+    loss_scale: float | Tensor | None = None,
+    max_bytes: int | None = None,
+    num_directions: int | None = None,
+    store_dtype: torch.dtype | None = None,
+    retain_graph: bool = False,
+) -> GradStats:
+    """:func:`from_losses` and ``(Σ_t w_t L_t).backward()`` in one backward.
+
+    ``.grad`` of every leaf of the graph, shared or not, an input or not, receives the weighted gradient as from an
+    ordinary backward: it accumulates, and hooks on the accumulation fire once. Hooks on activations see the
+    gradients of single tasks beside each other and so must be linear. Methods other than "batched", and leaves with
+    hooks of their own, take a second, ordinary backward.
+
+    Args:
+        losses: As for :func:`from_losses`.
+        weights: ``T`` numbers, or a mapping from task name to number. Those of absent tasks do not count.
+        inputs: What the Gramian is taken of, as for :func:`from_losses`.
+        method: As for :func:`from_losses`.
+        owner: Not built yet.
+        group_by: As for :func:`from_losses`.
+        metric: As for :func:`from_losses`.
+        loss_scale: As for :func:`from_losses`; the weighted gradients keep the factor.
+        max_bytes: Not built yet.
+        num_directions: Not built yet.
+        store_dtype: As for :func:`from_losses`.
+        retain_graph: Whether the graph is kept for another backward.
+
+    Returns:
+        The statistics of the unweighted gradients.
+
+    Raises:
+        TypeError: As :func:`from_losses`.
+        ValueError: As :func:`from_losses`, or if ``weights`` does not hold one number for each task.
+        NotImplementedError: As :func:`from_losses`.
+        RuntimeError: As :func:`from_losses`.
+    """
+    _refuse_unbuilt(owner=owner, max_bytes=max_bytes, num_directions=num_directions)
+    names, tensors = args.normal_losses(losses)
+    return collect(
+        names,
+        tensors,
+        inputs,
+        weights=weights,
+        method=method,
+        group_by=group_by,
+        metric=metric,
+        loss_scale=loss_scale,
+        store_dtype=store_dtype,
+        retain_graph=retain_graph,
+    )
+
+
+def shared_parameters(losses: Losses, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of ``model`` that at least two losses reach, read off the autograd graph without a backward.
+
+    Args:
+        losses: As for :func:`from_losses`.
+        model: The module whose parameters are looked for.
+
+    Returns:
+        Name and parameter, in the order of ``model.named_parameters()``; empty where the losses share none.
+
+    Raises:
+        TypeError: If a loss has a wrong type.
+        ValueError: If a loss is not one number or no loss has a graph.
+    """
+    graph = Graph(args.check_losses(*args.normal_losses(losses)))
+    named = model.named_parameters()
+    return {name: p for name, p in named if p.requires_grad and graph.tasks_reaching(p).bit_count() > 1}
+
+
+def _refuse_unbuilt(**options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise NotImplementedError(f"{name}: this option is not built yet; leave it out")

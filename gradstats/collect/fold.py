@@ -1,0 +1,124 @@
+"""Summing the Gram products of single inputs into the Gramian, by group of inputs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradstats import ops
+
+#: Applied to every block ``[T, *shape]`` before it is folded, such as a mean over data-parallel ranks.
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Fold:
+    """A float64 accumulator ``[T, T]`` for each group of inputs.
+
+    Args:
+        num_tasks: ``T``.
+        inputs: The tensors whose gradients are folded in.
+        groups: For each input the name of its group.
+        metric: For each input its positive diagonal; empty where there is none.
+        device: Where the Gramian is kept.
+        reduce: Applied to blocks before they are folded.
+
+    Attributes:
+        grams: The Gramian of each group so far.
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        inputs: Sequence[Tensor],
+        groups: Sequence[str],
+        metric: Sequence[Tensor],
+        device: torch.device,
+        reduce: Reduce | None,
+    ) -> None:
+        self.num_tasks = num_tasks
+        self.grams = {g: torch.zeros(num_tasks, num_tasks, dtype=torch.float64, device=device) for g in groups}
+        self._inputs = inputs
+        self._groups = groups
+        self._metric = metric
+        self._reduce = reduce
+
+    def add_block(self, k: int, block: Tensor) -> None:
+        """Fold in the gradients ``[T, *shape]`` of input ``k``."""
+        if self._reduce is not None:
+            block = self._reduce(block)
+        self._add(self._groups[k], ops.gram([block], self.num_tasks, self._metric_of([k]), stacked=True))
+
+    def add_row(self, k: int, task: int, grad: Tensor) -> None:
+        """Fold in the gradient of input ``k``, which ``task`` alone reaches."""
+        if self._reduce is not None:
+            block = grad.new_zeros(self.num_tasks, *grad.shape)
+            block[task] = grad
+            self.add_block(k, block)
+        else:
+            row = torch.zeros_like(self.grams[self._groups[k]])
+            row[task, task] = ops.gram([grad], 1, self._metric_of([k])).squeeze()
+            self._add(self._groups[k], row)
+
+    def add_rows(self, rows: Sequence[Sequence[Tensor | None]]) -> None:
+        """Fold in stored gradients: for each task one per input, None for zeros; DTensors count in all their shards."""
+        columns = list(zip(*rows, strict=True))
+        if self._reduce is not None:
+            # One block for each input, in their order and with zeros for None, so that ranks reduce the same blocks
+            # whatever their own losses reach.
+            for k, (like, column) in enumerate(zip(self._inputs, columns, strict=True)):
+                self.add_block(k, torch.stack([torch.zeros_like(like) if g is None else g for g in column]))
+            return
+        calls: dict[tuple[Any, ...], list[int]] = {}
+        for k, column in enumerate(columns):
+            models = [grad for grad in column if grad is not None]
+            if models:
+                calls.setdefault((self._groups[k], *_placement(models[0])), []).append(k)
+        for (group, _, mesh, replicas), members in calls.items():
+            gram = self._gram_of_lists([[columns[k][t] for k in members] for t in range(self.num_tasks)], members)
+            if mesh is not None:
+                # Every rank holds shards; shards that several ranks hold must count once.
+                gram /= replicas
+                for dim in range(mesh.ndim):
+                    torch.distributed.all_reduce(gram, group=mesh.get_group(dim))
+            self._add(group, gram)
+
+    def _gram_of_lists(self, rows: Sequence[Sequence[Tensor | None]], members: Sequence[int]) -> Tensor:
+        # The operator takes tensors alone: one with no entries stands for a gradient of zeros.
+        missing = {k: next(row[i] for row in rows if row[i] is not None) for i, k in enumerate(members)}
+        missing = {k: _local(grad).new_empty(0) for k, grad in missing.items()}
+        grads = [missing[k] if g is None else _local(g) for row in rows for k, g in zip(members, row, strict=True)]
+        return ops.gram(grads, self.num_tasks, self._metric_of(members))
+
+    def _metric_of(self, members: Sequence[int]) -> list[Tensor]:
+        return [_local(self._metric[k]) for k in members] if self._metric else []
+
+    def _add(self, group: str, gram: Tensor) -> None:
+        total = self.grams[group]
+        total += gram.to(total.device)
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether ``value`` is a ``DTensor``; does not import what defines it (a program that has one has done so)."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def _placement(grad: Any) -> tuple[torch.device, Any, int]:
+    """Device, mesh (None for an ordinary tensor) and the number of ranks that hold the same shard."""
+    if not is_dtensor(grad):
+        return grad.device, None, 1
+    replicas = 1
+    for dim, placement in enumerate(grad.placements):
+        if placement.is_replicate():
+            replicas *= grad.device_mesh.size(dim)
+    return _local(grad).device, grad.device_mesh, replicas
+
+
+def _local(value: Any) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor itself, dense."""
+    local: Tensor = value.to_local() if is_dtensor(value) else value
+    return local.to_dense() if local.layout != torch.strided else local

@@ -1,0 +1,78 @@
+"""Facts read off the autograd graph: which losses reach which nodes, without running a backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+#: One input slot of a node: gradients of one tensor are summed there. The same as ``GradientEdge`` without its owner.
+Edge = tuple[Node, int]
+
+
+def edge_of(tensor: Tensor) -> Edge:
+    """Where the gradient of ``tensor`` arrives: its ``grad_fn``, or its ``AccumulateGrad`` node if it is a leaf."""
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+class Graph:
+    """The graph below some losses, walked once.
+
+    Attributes:
+        roots: For each task the edge of its loss, or None for an absent task.
+        children: For each node the edges its gradients flow to; keys are in topological order, losses first.
+        reached_by: For each node the set of tasks whose loss reaches it, as the bits of an integer.
+    """
+
+    def __init__(self, losses: Sequence[Tensor | None]) -> None:
+        self.roots = [None if loss is None else edge_of(loss) for loss in losses]
+        # Holding every node keeps its Python wrapper alive, so that a node met twice is the same dictionary key.
+        self.children = _topological([edge[0] for edge in self.roots if edge is not None])
+        self.reached_by = dict.fromkeys(self.children, 0)
+        for task, root in enumerate(self.roots):
+            if root is not None:
+                self.reached_by[root[0]] |= 1 << task
+        for node, edges in self.children.items():
+            for child, _ in edges:
+                self.reached_by[child] |= self.reached_by[node]
+
+    def tasks_reaching(self, tensor: Tensor) -> int:
+        """Bits of the tasks whose loss reaches ``tensor``."""
+        return self.reached_by.get(edge_of(tensor)[0], 0)
+
+    def is_shared(self, node: Node) -> bool:
+        """Whether at least two losses reach ``node``."""
+        return self.reached_by[node].bit_count() > 1
+
+    @cached_property
+    def leaves(self) -> dict[Node, Tensor]:
+        """The leaf tensors that some loss reaches, by their ``AccumulateGrad`` node, in the order of the forward."""
+        found = [node for node in self.children if node.name() == "torch::autograd::AccumulateGrad"]
+        return {node: node.variable for node in reversed(found)}
+
+    def with_any_below(self, targets: Iterable[Node]) -> set[Node]:
+        """The nodes from which a gradient flows into one of ``targets``, themselves included."""
+        found = set(targets) & self.children.keys()
+        for node in reversed(self.children):
+            if any(child in found for child, _ in self.children[node]):
+                found.add(node)
+        return found
+
+
+def _topological(roots: Iterable[Node]) -> dict[Node, tuple[Edge, ...]]:
+    """Every node below ``roots`` with its children, parents before children (depth first; graphs are deep)."""
+    children: dict[Node, tuple[Edge, ...]] = {}
+    finished: list[Node] = []
+    stack: list[tuple[Node, bool]] = [(root, False) for root in roots]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            finished.append(node)
+        elif node not in children:
+            children[node] = tuple(edge for edge in node.next_functions if edge[0] is not None)
+            stack.append((node, True))
+            stack.extend((child, False) for child, _ in children[node] if child not in children)
+    return {node: children[node] for node in reversed(finished)}

@@ -1,0 +1,25 @@
+"""One ``torch.autograd.grad`` call for each task; all gradients are stored and folded in at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradstats.collect.fold import Fold
+from gradstats.collect.job import Job
+
+
+def collect_sequentially(job: Job, *, store_dtype: torch.dtype | None = None, retain_graph: bool) -> Fold:
+    """Collect; gradients wait in ``store_dtype`` (None: their own) until all are there. ``job.weights`` is ignored."""
+    rows: list[Sequence[Tensor | None]] = [[None] * len(job.inputs) for _ in job.losses]
+    last = job.present[-1][0]
+    for task, loss in job.present:
+        grads = torch.autograd.grad(
+            loss, job.inputs, torch.ones_like(loss), retain_graph=retain_graph or task != last, allow_unused=True
+        )
+        rows[task] = [None if grad is None else grad.to(store_dtype or grad.dtype) for grad in grads]
+    fold = job.new_fold()
+    fold.add_rows(rows)
+    return fold
