@@ -1,9 +1,20 @@
 """Statistics of task gradients, and multi-task loss weights chosen from them."""
 
+from gradstats.collect import backward, from_losses, shared_parameters
 from gradstats.ops.backends import backends
 from gradstats.pairwise import pairwise
+from gradstats.scalarizer import Scalarizer
 from gradstats.stats import GradStats
 
 __version__ = "0.1.0"
 
-__all__ = ["GradStats", "__version__", "backends", "pairwise"]
+__all__ = [
+    "GradStats",
+    "Scalarizer",
+    "__version__",
+    "backends",
+    "backward",
+    "from_losses",
+    "pairwise",
+    "shared_parameters",
+]
