@@ -1,0 +1,14 @@
+"""Reference trainer on Lightning Fabric; needs the extra ``train`` (lightning and tqdm)."""
+
+try:
+    import lightning.fabric  # noqa: F401
+    import tqdm  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        'gradstats.train needs Lightning Fabric and tqdm; install them with: pip install "gradstats[train]"'
+    ) from error
+
+from gradstats.train.history import History
+from gradstats.train.trainer import Trainer
+
+__all__ = ["History", "Trainer"]
