@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,8 @@ def normal_losses(losses: Losses) -> tuple[tuple[str, ...], list[Tensor | None]]
     elif isinstance(losses, Tensor):
         if losses.ndim != 1:
             raise ValueError(f"losses: expected a tensor [T] of one loss per task, got shape {tuple(losses.shape)}")
-        items = list(losses.unbind())
+        with torch.enable_grad():
+            items = list(losses.unbind())
     elif isinstance(losses, Sequence) and not isinstance(losses, str):
         items = list(losses)
     else:
@@ -76,7 +77,8 @@ def check_losses(names: Sequence[str], losses: Sequence[Tensor | None]) -> list[
             raise TypeError(f"losses: expected a floating-point tensor for task {name!r}, got {got}")
         if loss.numel() != 1:
             raise ValueError(
-                f"losses: expected one number for task {name!r}, got shape {tuple(loss.shape)}; reduce it, by .mean() say"
+                f"losses: expected one number for task {name!r}, got shape {tuple(loss.shape)}; "
+                "reduce it first, with .mean() for example"
             )
     present = [loss if loss is not None and loss.requires_grad else None for loss in losses]
     if not any(loss is not None for loss in present):
@@ -92,6 +94,7 @@ def normal_inputs(inputs: Inputs, graph: Graph) -> Named:
         ValueError: If there is none, or one does not require grad.
     """
     names: list[str] | None = None
+    tensors: list[Any]
     if inputs is None:
         tensors = default_inputs(graph)
     elif isinstance(inputs, nn.Module):
@@ -106,7 +109,7 @@ def normal_inputs(inputs: Inputs, graph: Graph) -> Named:
         if tensors and all(isinstance(item, tuple) and len(item) == 2 for item in tensors):
             names, tensors = [name for name, _ in tensors], [tensor for _, tensor in tensors]
     if names is not None:
-        check_input_names(names)
+        _check_input_names(names)
     if not tensors:
         raise ValueError("inputs: expected at least one tensor that requires grad, got none")
     for i, tensor in enumerate(tensors):
@@ -127,7 +130,7 @@ def default_inputs(graph: Graph) -> list[Tensor]:
     return shared or list(graph.leaves.values())
 
 
-def check_input_names(names: Sequence[object]) -> None:
+def _check_input_names(names: Sequence[object]) -> None:
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"inputs: expected names that are strings, got {name!r}")

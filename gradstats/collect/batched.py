@@ -11,6 +11,9 @@ enters that part, the weighted sum over tasks replaces it.
 
 from __future__ import annotations
 
+import contextlib
+import enum
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -18,7 +21,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.utils.hooks import RemovableHandle
 
 from gradstats.collect.fold import Fold
 from gradstats.collect.graph import Edge, edge_of
@@ -26,6 +28,9 @@ from gradstats.collect.job import Job
 
 #: Makes of a block ``[T, *shape]`` the gradient that replaces it, and the dimension of its tasks (None: it has none).
 Use: TypeAlias = Callable[[Tensor], tuple[Tensor, int | None]]
+
+#: Converts a gradient on its way from one region into another; None is a gradient that is not there (yet).
+Passage: TypeAlias = Callable[[Tensor | None], Tensor | None]
 
 
 class _OnBlock(torch.autograd.Function):
@@ -35,16 +40,16 @@ class _OnBlock(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(grad: Tensor, use: Use) -> Tensor:
-        raise AssertionError("only called with batched gradients")
+    def forward(grad: Tensor, num_tasks: int, use: Use) -> Tensor:
+        # Not batched: it is the same for each task, as when a backward returns plain zeros.
+        return use(grad.expand(num_tasks, *grad.shape))[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, None], grad: Tensor, use: Use) -> tuple[Tensor, int | None]:
-        assert in_dims[0] is not None
+    def vmap(_: Any, in_dims: tuple[int, None, None], grad: Tensor, __: int, use: Use) -> tuple[Tensor, int | None]:
         return use(grad.movedim(in_dims[0], 0))
 
 
@@ -56,28 +61,27 @@ class _Gather:
         self._missing = arrivals
         self._block: Tensor | None = None
 
-    def put(self, task: int, grad: Tensor | None, any_batched: Tensor) -> Tensor | None:
-        """Add ``grad`` to its row; the last arrival returns the whole, the others None (no gradient yet)."""
+    def put(self, task: int, grad: Tensor | None) -> Tensor | None:
+        """Add ``grad`` to its task's row; return the block with the last arrival, None (no gradient yet) before."""
         if grad is not None:
             if self._block is None:
                 self._block = grad.new_zeros(self._num_tasks, *grad.shape)
             self._block[task] += grad
         self._missing -= 1
-        if self._missing or self._block is None:
-            return None
-        block, self._block = self._block, None
-        return on_block(any_batched, lambda _: (block, 0))
-
-
-def on_block(grad: Tensor, use: Use) -> Tensor:
-    """Apply ``use`` to the block behind a batched gradient."""
-    result: Tensor = _OnBlock.apply(grad, use)
-    return result
+        return self._block if self._missing == 0 else None
 
 
 def collect_batched(job: Job, *, retain_graph: bool) -> Fold:
     """Collect from one backward, ``job.weights`` included."""
     return _Batched(job).run(retain_graph)
+
+
+class _Region(enum.Enum):
+    """What a node's gradients are while the backward passes it."""
+
+    ONE_TASK = "the gradient of the one loss that reaches the node"
+    BLOCKS = "the gradients of all tasks, one beside the other"
+    WEIGHTED_SUM = "their weighted sum: several losses reach the node, which reaches no input"
 
 
 class _Batched:
@@ -86,43 +90,54 @@ class _Batched:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._graph = job.graph
+        self._num_tasks = len(job.losses)
         self._weights = job.weights
-        self._inputs = {edge_of(tensor): (k, tensor) for k, tensor in enumerate(job.inputs)}
-        self._above_inputs = self._graph.with_any_below(node for node, _ in self._inputs)
-        self._batched = {node for node in self._above_inputs if self._graph.is_shared(node)}
+        self._inputs = [(k, tensor, edge_of(tensor)[0]) for k, tensor in enumerate(job.inputs)]
+        self._above_inputs = job.graph.with_any_below(node for _, _, node in self._inputs)
         self._fold = job.new_fold()
         self._weighted: dict[Node, Tensor] = {}
 
     def run(self, retain_graph: bool) -> Fold:
         targets = self._targets()
-        present = self._job.present
+        losses = [loss for _, loss in self._job.present]
 
         def pull(row: Tensor) -> Tensor:
-            handles = [*self._hook_inputs(), *self._hook_cut(row)]
-            try:
+            with contextlib.ExitStack() as hooks:
+                self._hook_inputs(hooks)
+                self._hook_passages(hooks, row)
+                cotangents = [self._cotangent(task, loss, row) for task, loss in self._job.present]
                 grads = torch.autograd.grad(
-                    [loss for _, loss in present],
-                    list(targets.values()),
-                    [self._cotangent(task, loss, row) for task, loss in present],
-                    retain_graph=retain_graph,
-                    allow_unused=True,
+                    losses, list(targets.values()), cotangents, retain_graph=retain_graph, allow_unused=True
                 )
-            finally:
-                for handle in handles:
-                    handle.remove()
             if self._weights is not None:
                 self._take_weighted(targets, grads)
             return row
 
-        identity = torch.eye(self._fold.num_tasks, device=present[0][1].device)
         # "same": what a backward draws at random (a recomputed dropout mask, say) is one draw for all tasks.
-        torch.vmap(pull, randomness="same")(identity)
-        if self._weighted:
+        torch.vmap(pull, randomness="same")(torch.eye(self._num_tasks, device=losses[0].device))
+        if self._weights is not None:
             # Through the leaves' own accumulation, so that what hooks it (DDP, fused optimizers) fires, and once.
-            torch.autograd.backward(
-                [self._graph.leaves[node] for node in self._weighted], list(self._weighted.values())
-            )
+            leaves = [self._graph.leaves[node] for node in self._weighted]
+            torch.autograd.backward(leaves, list(self._weighted.values()))
         return self._fold
+
+    def _region(self, node: Node) -> _Region:
+        if not self._graph.is_shared(node):
+            return _Region.ONE_TASK
+        return _Region.BLOCKS if node in self._above_inputs else _Region.WEIGHTED_SUM
+
+    def _task(self, node: Node) -> int:
+        """The one task that reaches ``node``."""
+        return self._graph.reached_by[node].bit_length() - 1
+
+    # ---- the two ends of the backward ------------------------------------------------------------------------------
+
+    def _cotangent(self, task: int, loss: Tensor, row: Tensor) -> Tensor:
+        region = self._region(edge_of(loss)[0])
+        if region is _Region.BLOCKS:
+            return row[task].to(loss.device, loss.dtype).expand(loss.shape)
+        ones = torch.ones_like(loss)
+        return self._weigh(task, ones) if region is _Region.WEIGHTED_SUM and self._weights is not None else ones
 
     def _targets(self) -> dict[Node, Tensor]:
         """What ``torch.autograd.grad`` is asked for, and so how far the backward goes."""
@@ -131,121 +146,118 @@ class _Batched:
         # An activation above other inputs is passed anyway; asking for it would keep its block alive.
         return {
             node: tensor
-            for (node, _), (_, tensor) in self._inputs.items()
-            if node in self._graph.children and not self._flows_on(node)
+            for _, tensor, node in self._inputs
+            if node in self._graph.children and not self._goes_on_below(node)
         }
 
-    def _flows_on(self, node: Node) -> bool:
+    def _goes_on_below(self, node: Node) -> bool:
+        """Whether the gradient of a tensor made by ``node`` is needed beyond that tensor."""
         children = self._graph.children[node]
-        return any(child in self._above_inputs for child, _ in children) or (
-            self._weights is not None and bool(children)
-        )
+        return any(self._weights is not None or child in self._above_inputs for child, _ in children)
 
-    def _cotangent(self, task: int, loss: Tensor, row: Tensor) -> Tensor:
-        root = edge_of(loss)[0]
-        if root in self._batched:
-            return row[task].to(loss.device, loss.dtype).expand(loss.shape)
-        ones = torch.ones_like(loss)
-        return self._weigh(task, ones) if self._graph.is_shared(root) else ones
+    # ---- hooks -----------------------------------------------------------------------------------------------------
 
-    # ---- hooks ----------------------------------------------------------------------------------------------------
-
-    def _hook_inputs(self) -> list[RemovableHandle]:
-        return [
-            tensor.register_hook(self._input_hook(k, node))
-            for (node, _), (k, tensor) in self._inputs.items()
-            if node in self._graph.children
-        ]
+    def _hook_inputs(self, hooks: contextlib.ExitStack) -> None:
+        """Fold in each input's gradients where they arrive."""
+        for k, tensor, node in self._inputs:
+            if node in self._graph.children:
+                handle = tensor.register_hook(self._input_hook(k, node))  # type: ignore[no-untyped-call]
+                hooks.callback(handle.remove)
 
     def _input_hook(self, k: int, node: Node) -> Callable[[Tensor], Tensor | None]:
-        shared, flows_on, is_leaf = node in self._batched, self._flows_on(node), node in self._graph.leaves
-        task = self._graph.reached_by[node].bit_length() - 1
+        weighted_leaf = self._weights is not None and node in self._graph.leaves
+        goes_on = self._goes_on_below(node)
+
+        def fold_row(grad: Tensor) -> None:
+            self._fold.add_row(k, self._task(node), grad)
+            if weighted_leaf:
+                self._weighted[node] = self._weigh(self._task(node), grad)
 
         def fold_block(block: Tensor) -> tuple[Tensor, None]:
             self._fold.add_block(k, block)
-            if is_leaf and self._weights is not None:
+            if weighted_leaf:
                 self._weighted[node] = self._combine(block)
-            return _no_memory_zeros(block[0]), None
+            # Zeros without memory: whoever holds the gradient from here on must not hold the block.
+            return block.new_zeros(()).expand(block.shape[1:]), None
 
         def hook(grad: Tensor) -> Tensor | None:
-            if shared:
-                zeros = on_block(grad, fold_block)
+            if self._region(node) is _Region.ONE_TASK:
+                fold_row(grad)
+                folded = grad.new_zeros(()).expand(grad.shape)
             else:
-                self._fold.add_row(k, task, grad)
-                if is_leaf and self._weights is not None:
-                    self._weighted[node] = self._weigh(task, grad)
-                zeros = _no_memory_zeros(grad)
-            return None if flows_on else zeros
+                folded = self._on_block(grad, fold_block)
+            return None if goes_on else folded
 
         return hook
 
-    def _hook_cut(self, row: Tensor) -> list[RemovableHandle]:
-        """Hook the nodes from which gradients flow into another kind of region."""
-        gathers = {edge: _Gather(self._fold.num_tasks, count) for edge, count in self._arrivals().items()}
-        handles = []
+    def _hook_passages(self, hooks: contextlib.ExitStack, row: Tensor) -> None:
+        """Convert gradients where they flow from one region into another."""
+        gathers = {edge: _Gather(self._num_tasks, count) for edge, count in self._arrivals().items()}
         for node in self._graph.children:
-            crossing = [(i, edge) for i, edge in enumerate(node.next_functions) if self._crosses(node, edge[0])]
-            if crossing:
-                handles.append(node.register_hook(self._cut_hook(node, crossing, gathers, row)))
-        return handles
+            passages = {}
+            for i, (child, slot) in enumerate(node.next_functions):
+                if child is not None and self._enters(node, child):
+                    passages[i] = self._passage(node, (child, slot), gathers, row)
+            if passages:
+                hooks.callback(node.register_hook(functools.partial(_apply_passages, passages)).remove)
+
+    def _enters(self, node: Node, child: Node) -> bool:
+        """Whether a gradient that is wanted flows from ``node`` into another region at ``child``."""
+        region = self._region(child)
+        wanted = region is not _Region.WEIGHTED_SUM or self._weights is not None
+        return wanted and region is not self._region(node)
 
     def _arrivals(self) -> Counter[Edge]:
-        """How many gradients of single tasks arrive at each edge into the batched region."""
+        """How many gradients of single tasks arrive at each edge into the region of blocks."""
         arrivals: Counter[Edge] = Counter()
         for node, edges in self._graph.children.items():
-            if not self._graph.is_shared(node):
-                arrivals.update(edge for edge in edges if edge[0] in self._batched)
+            if self._region(node) is _Region.ONE_TASK:
+                arrivals.update(edge for edge in edges if self._region(edge[0]) is _Region.BLOCKS)
         return arrivals
 
-    def _crosses(self, node: Node, child: Node | None) -> bool:
-        if child is None or not self._graph.is_shared(child):
-            return False
-        if child in self._batched:
-            return not self._graph.is_shared(node)
-        return self._weights is not None and (node in self._batched or not self._graph.is_shared(node))
+    def _passage(self, node: Node, edge: Edge, gathers: dict[Edge, _Gather], row: Tensor) -> Passage:
+        """What becomes of a gradient that flows from ``node`` through ``edge`` into another region."""
 
-    def _cut_hook(
-        self, node: Node, crossing: list[tuple[int, Edge]], gathers: dict[Edge, _Gather], row: Tensor
-    ) -> Callable[..., tuple[Tensor | None, ...]]:
-        from_batched = node in self._batched
-        task = self._graph.reached_by[node].bit_length() - 1
+        def gather(grad: Tensor | None) -> Tensor | None:
+            block = gathers[edge].put(self._task(node), grad)
+            return None if block is None else self._on_block(row, lambda _: (block, 0))
 
-        def hook(grad_inputs: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-            grads = list(grad_inputs)
-            for i, edge in crossing:
-                grad = grads[i]
-                if edge in gathers:
-                    grads[i] = gathers[edge].put(task, grad, row)
-                elif grad is not None:
-                    grads[i] = (
-                        on_block(grad, lambda block: (self._combine(block), None))
-                        if from_batched
-                        else self._weigh(task, grad)
-                    )
-            return tuple(grads)
+        def weigh(grad: Tensor | None) -> Tensor | None:
+            return None if grad is None else self._weigh(self._task(node), grad)
 
-        return hook
+        def combine(grad: Tensor | None) -> Tensor | None:
+            return None if grad is None else self._on_block(grad, lambda block: (self._combine(block), None))
 
-    # ---- the weighted sum -----------------------------------------------------------------------------------------
+        if self._region(edge[0]) is _Region.BLOCKS:
+            return gather
+        return weigh if self._region(node) is _Region.ONE_TASK else combine
+
+    def _on_block(self, grad: Tensor, use: Use) -> Tensor:
+        result: Tensor = _OnBlock.apply(grad, self._num_tasks, use)  # type: ignore[no-untyped-call]
+        return result
+
+    # ---- the weighted sum ------------------------------------------------------------------------------------------
 
     def _take_weighted(self, targets: dict[Node, Tensor], grads: Sequence[Tensor | None]) -> None:
         """Add the leaves that are not inputs, whose hooks have not seen to it."""
         for node, grad in zip(targets, grads, strict=True):
             if grad is not None and node not in self._weighted:
-                shared = self._graph.is_shared(node)
-                self._weighted[node] = (
-                    grad if shared else self._weigh(self._graph.reached_by[node].bit_length() - 1, grad)
-                )
+                summed = self._region(node) is _Region.WEIGHTED_SUM
+                self._weighted[node] = grad if summed else self._weigh(self._task(node), grad)
 
     def _weigh(self, task: int, grad: Tensor) -> Tensor:
-        return grad if self._weights is None else grad * self._weights[task].to(grad)
+        return self._combine(grad[None], slice(task, task + 1))
 
-    def _combine(self, block: Tensor) -> Tensor:
+    def _combine(self, block: Tensor, tasks: slice = slice(None)) -> Tensor:
         """``Σ_t w_t block_t``, accumulated in float32 at least."""
         assert self._weights is not None
         wide = block.to(torch.promote_types(block.dtype, torch.float32))
-        return torch.tensordot(self._weights.to(wide), wide, 1).to(block.dtype)
+        total: Tensor = torch.tensordot(self._weights[tasks].to(wide), wide, 1)
+        return total.to(block.dtype)
 
 
-def _no_memory_zeros(like: Tensor) -> Tensor:
-    return like.new_zeros(()).expand(like.shape)
+def _apply_passages(
+    passages: dict[int, Passage], grads: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """The body of a hook that runs after a node, on the gradients that leave it."""
+    return tuple(passages[i](grad) if i in passages else grad for i, grad in enumerate(grads))

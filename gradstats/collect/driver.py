@@ -71,6 +71,10 @@ def collect(
     device = next(loss.device for loss in present if loss is not None)
     w = None if weights is None else args.normal_weights(weights, names, device)
     graph = Graph(present)
+    if inputs is None and graph.hides_parameters:
+        raise ValueError(
+            "inputs: the graph holds reentrant activation checkpoints, which hide parameters; pass the model"
+        )
     named = args.normal_inputs(inputs, graph)
     groups, diagonal = args.group_names(group_by, named), args.metric_operand(metric, named)
     new_fold = functools.partial(Fold, len(names), named.tensors, groups, diagonal, device, reduce)
@@ -105,10 +109,10 @@ def signature(names: Sequence[str], losses: Sequence[Tensor | None], inputs: Inp
 
 def _run(job: Job, method: str, store_dtype: torch.dtype | None, retain_graph: bool) -> tuple[Fold, str]:
     """Collect by ``method`` and see to the weighted backward; return also the method that was used."""
-    if method == "auto" and any(is_dtensor(tensor) for tensor in job.inputs):
+    if method == "auto" and (job.graph.hides_parameters or any(is_dtensor(tensor) for tensor in job.inputs)):
         method = "engine"
-    if method != "engine" and not any(job.graph.tasks_reaching(tensor) for tensor in job.inputs):
-        raise ValueError(f"inputs: no loss reaches any of the {len(job.inputs)} inputs")
+    if method != "engine":
+        _check_visible(job)
     keep = retain_graph or job.weights is not None
     fold = None
     if method in ("auto", "batched"):
@@ -118,14 +122,30 @@ def _run(job: Job, method: str, store_dtype: torch.dtype | None, retain_graph: b
         if fold is not None and fused:
             return fold, "batched"
         method = "sequential" if fold is None else "batched"
-    if fold is None and method == "engine":
+    if method == "engine":
         fold = collect_with_engine(job, retain_graph=keep)
-    elif fold is None:
+    elif method == "sequential":
         fold = collect_sequentially(job, store_dtype=store_dtype, retain_graph=keep)
+    assert fold is not None
     if job.weights is not None:
         cotangents = [job.weights[task].to(loss).expand(loss.shape) for task, loss in job.present]
         torch.autograd.backward([loss for _, loss in job.present], cotangents, retain_graph=retain_graph)
     return fold, method
+
+
+def _check_visible(job: Job) -> None:
+    """Refuse what ``torch.autograd.grad`` would leave out without a word.
+
+    Raises:
+        ValueError: If the graph hides parameters, or no loss reaches any input.
+    """
+    if job.graph.hides_parameters:
+        raise ValueError(
+            "method: the graph holds reentrant activation checkpoints, which hide their parameters; use "
+            "torch.utils.checkpoint with use_reentrant=False, or method='engine' with the model as inputs"
+        )
+    if not any(job.graph.tasks_reaching(tensor) for tensor in job.inputs):
+        raise ValueError(f"inputs: no loss reaches any of the {len(job.inputs)} inputs")
 
 
 def _try_batched(job: Job, method: str, retain_graph: bool) -> Fold | None:

@@ -88,9 +88,10 @@ class Fold:
 
     def _gram_of_lists(self, rows: Sequence[Sequence[Tensor | None]], members: Sequence[int]) -> Tensor:
         # The operator takes tensors alone: one with no entries stands for a gradient of zeros.
-        missing = {k: next(row[i] for row in rows if row[i] is not None) for i, k in enumerate(members)}
-        missing = {k: _local(grad).new_empty(0) for k, grad in missing.items()}
-        grads = [missing[k] if g is None else _local(g) for row in rows for k, g in zip(members, row, strict=True)]
+        empty = [
+            next(_local(grad) for grad in column if grad is not None).new_empty(0) for column in zip(*rows, strict=True)
+        ]
+        grads = [none if grad is None else _local(grad) for row in rows for none, grad in zip(empty, row, strict=True)]
         return ops.gram(grads, self.num_tasks, self._metric_of(members))
 
     def _metric_of(self, members: Sequence[int]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
@@ -50,8 +51,13 @@ class Graph:
     @cached_property
     def leaves(self) -> dict[Node, Tensor]:
         """The leaf tensors that some loss reaches, by their ``AccumulateGrad`` node, in the order of the forward."""
-        found = [node for node in self.children if node.name() == "torch::autograd::AccumulateGrad"]
+        found: list[Any] = [node for node in self.children if node.name() == "torch::autograd::AccumulateGrad"]
         return {node: node.variable for node in reversed(found)}
+
+    @property
+    def hides_parameters(self) -> bool:
+        """Whether it holds reentrant activation checkpoints, whose parameters only a ``backward`` call reaches."""
+        return any(node.name() == "CheckpointFunctionBackward" for node in self.children)
 
     def with_any_below(self, targets: Iterable[Node]) -> set[Node]:
         """The nodes from which a gradient flows into one of ``targets``, themselves included."""
@@ -72,7 +78,7 @@ def _topological(roots: Iterable[Node]) -> dict[Node, tuple[Edge, ...]]:
         if done:
             finished.append(node)
         elif node not in children:
-            children[node] = tuple(edge for edge in node.next_functions if edge[0] is not None)
+            children[node] = tuple((child, slot) for child, slot in node.next_functions if child is not None)
             stack.append((node, True))
             stack.extend((child, False) for child, _ in children[node] if child not in children)
     return {node: children[node] for node in reversed(finished)}
