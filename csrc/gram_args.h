@@ -121,6 +121,7 @@ inline std::vector<Walk> read_arguments(const std::vector<Tensor>& grads, int64_
   for (int64_t k = 0; k < num_params; ++k) {
     Walk walk = stacked ? walk_of_block(grads[k], num_tasks) : walk_of_list(grads, num_tasks, num_params, k);
     if (walk.numel == 0) continue;
+    walk.parameter = k;
     if (!metric.empty()) {
       const RowArgument row = row_argument(metric[k]);
       walk.metric_dtype = row.dtype;

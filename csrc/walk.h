@@ -10,13 +10,14 @@
 #include <numeric>
 #include <vector>
 
-namespace gradstats {
+#include "float_types.h"
 
-enum class DType : int32_t { float32, float64, float16, bfloat16 };
+namespace gradstats {
 
 // One parameter across tasks. `strides` holds, for each row, as many entries as `sizes` (outermost loop first, in
 // elements); the rows are the tasks and then, where there is one, the metric. A null pointer is a row of zeros.
 struct Walk {
+  int64_t parameter = 0;  // its position in the argument list
   int64_t numel = 0;
   DType dtype = DType::float32;
   DType metric_dtype = DType::float32;
@@ -63,7 +64,7 @@ inline bool loops_merge(const Walk& walk, int64_t outer, int64_t inner) {
 
 }  // namespace detail
 
-// Reduces the loops to the fewest that visit the same entries: memory order where all tasks share strides, else
+// Reduces the loops to the fewest, but at least one, that visit the same entries: memory order where all tasks share strides, else
 // the logical (row-major) order, which is the only one that they have in common.
 inline void simplify(Walk& walk, int64_t num_tasks) {
   std::vector<int64_t> order;
@@ -95,6 +96,10 @@ inline void simplify(Walk& walk, int64_t num_tasks) {
   }
   walk.sizes = sizes;
   detail::select_loops(walk, kept);
+  if (kept.empty()) {  // a single entry is a run of one
+    walk.sizes = {1};
+    walk.strides.assign(walk.data.size(), 1);
+  }
 }
 
 }  // namespace gradstats

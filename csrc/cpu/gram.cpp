@@ -14,21 +14,17 @@
 namespace gradstats {
 namespace {
 
-struct Float16 {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
-// Bytes that keep two rows of a chunk out of the same cache sets.
+// Entries that keep two rows of a chunk out of the same cache sets.
 constexpr int64_t kRowPadding = 8;
+// Entries of each row that are converted and multiplied at a time.
+constexpr int64_t kChunk = 128;
+// Entries of all rows together that are on their way from memory while others are converted.
+constexpr int64_t kPrefetchEntries = 1024;
 
 struct Problem {
   std::vector<Walk> walks;
   std::vector<int64_t> starts;  // of each parameter in the concatenation of all, and the end
   int64_t num_tasks;
-  int64_t chunk;
   bool has_metric;
 
   int64_t parameter_at(int64_t entry) const {
@@ -99,7 +95,7 @@ int64_t num_slots(int64_t entries, int64_t num_tasks) {
 
 Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> metric, bool stacked) {
   static const SlotFn slot_fn = choose_slot_fn();
-  Problem problem{read_arguments(grads, num_tasks, metric, stacked), {0}, num_tasks, 256, !metric.empty()};
+  Problem problem{read_arguments(grads, num_tasks, metric, stacked), {0}, num_tasks, !metric.empty()};
   for (const Walk& walk : problem.walks) problem.starts.push_back(problem.starts.back() + walk.numel);
 
   const int64_t entries = problem.starts.back();

@@ -17,52 +17,44 @@ inline void store(double* to, Vec v) { __builtin_memcpy(to, &v, sizeof v); }
 
 // ---- conversion -------------------------------------------------------------------------------------------------
 
-inline double to_double(float x) { return x; }
-inline double to_double(double x) { return x; }
-inline double to_double(BFloat16 x) { return __builtin_bit_cast(float, uint32_t{x.bits} << 16); }
-
-// Arithmetic on the bits, so that one form vectorises for every instruction set and ignores flush-to-zero modes.
-inline double to_double(Float16 x) {
-  const uint32_t magnitude = x.bits & 0x7fffu;
-  const uint32_t rebias = magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u;  // inf and NaN keep a full exponent
-  const float normal = __builtin_bit_cast(float, (magnitude << 13) + rebias);
-  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
-  const float value = magnitude < 0x0400u ? subnormal : normal;
-  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, value) | (uint32_t{x.bits} & 0x8000u) << 16);
+// A contiguous run, one cache line of input at a time, asking for the line `ahead` entries further on.
+template <class In>
+void convert_run(const In* __restrict in, int64_t count, int64_t ahead, double* __restrict out) {
+  constexpr int64_t kLine = 64 / sizeof(In);
+  int64_t c = 0;
+  for (; c + kLine <= count; c += kLine) {
+    __builtin_prefetch(in + c + ahead);
+    for (int64_t l = 0; l < kLine; ++l) out[c + l] = to_double(in[c + l]);
+  }
+  for (; c < count; ++c) out[c] = to_double(in[c]);
 }
 
-// Entries [begin, begin + count) of one row's walk, converted.
+// Entries [begin, begin + count) of one row's walk.
 template <class In>
-void convert(const void* data, const int64_t* sizes, const int64_t* strides, int64_t loops, int64_t begin,
-             int64_t count, double* __restrict out) {
-  const int64_t inner = sizes[loops - 1], step = strides[loops - 1];
+void convert(const Walk& walk, int64_t row, int64_t begin, int64_t count, int64_t ahead, double* __restrict out) {
+  const int64_t* strides = walk.row_strides(row);
+  const int64_t last = walk.num_loops() - 1, inner = walk.sizes[last], step = strides[last];
   while (count > 0) {
-    const int64_t at = begin % inner;
-    int64_t offset = at * step;
-    for (int64_t d = loops - 2, outer = begin / inner; d >= 0; outer /= sizes[d--])
-      offset += outer % sizes[d] * strides[d];
-    const int64_t run = std::min(count, inner - at);
-    const In* __restrict in = static_cast<const In*>(data) + offset;
+    const int64_t at = begin % inner, run = std::min(count, inner - at);
+    int64_t offset = at * step, outer = begin / inner;
+    for (int64_t d = last - 1; d >= 0; outer /= walk.sizes[d--]) offset += outer % walk.sizes[d] * strides[d];
+    const In* in = static_cast<const In*>(walk.data[row]) + offset;
     if (step == 1)
-      for (int64_t c = 0; c < run; ++c) out[c] = to_double(in[c]);
+      convert_run(in, run, ahead, out);
     else
       for (int64_t c = 0; c < run; ++c) out[c] = to_double(in[c * step]);
     out += run, begin += run, count -= run;
   }
 }
 
-inline void convert_row(const Walk& walk, int64_t row, DType dtype, int64_t begin, int64_t count, double* out) {
-  const void* data = walk.data[row];
-  const int64_t* sizes = walk.sizes.data();
-  const int64_t* strides = walk.row_strides(row);
-  const int64_t loops = walk.num_loops();
-  switch (data == nullptr ? DType::float64 : dtype) {
-    case DType::float32: return convert<float>(data, sizes, strides, loops, begin, count, out);
-    case DType::float16: return convert<Float16>(data, sizes, strides, loops, begin, count, out);
-    case DType::bfloat16: return convert<BFloat16>(data, sizes, strides, loops, begin, count, out);
-    case DType::float64:
-      if (data == nullptr) return void(std::fill_n(out, count, 0.0));
-      return convert<double>(data, sizes, strides, loops, begin, count, out);
+inline void convert_row(const Walk& walk, int64_t row, DType dtype, int64_t begin, int64_t count, int64_t ahead,
+                        double* out) {
+  if (walk.data[row] == nullptr) return void(std::fill_n(out, count, 0.0));
+  switch (dtype) {
+    case DType::float32: return convert<float>(walk, row, begin, count, ahead, out);
+    case DType::float64: return convert<double>(walk, row, begin, count, ahead, out);
+    case DType::float16: return convert<Float16>(walk, row, begin, count, ahead, out);
+    case DType::bfloat16: return convert<BFloat16>(walk, row, begin, count, ahead, out);
   }
 }
 
@@ -129,7 +121,9 @@ inline void add_products(const double* block, int64_t stride, int64_t count, int
 // [num_tasks * (num_tasks + 1) / 2].
 void gram_slot(const Problem& problem, int64_t begin, int64_t end, double* sums) {
   const int64_t num_tasks = problem.num_tasks, num_pairs = num_tasks * (num_tasks + 1) / 2;
-  const int64_t chunk = problem.chunk, stride = chunk + kRowPadding;
+  constexpr int64_t stride = kChunk + kRowPadding;
+  // The next chunk's lines are asked for while this one is converted; with few tasks that of a later one.
+  const int64_t ahead = std::max(kChunk, kPrefetchEntries / num_tasks);
   const auto scratch = allocate((num_tasks + 1) * stride + num_pairs * kLanes);
   double* const block = scratch.get();
   double* const root = block + num_tasks * stride;  // square roots of the metric
@@ -139,14 +133,14 @@ void gram_slot(const Problem& problem, int64_t begin, int64_t end, double* sums)
   int64_t k = problem.parameter_at(begin);
   for (int64_t filled = 0; begin < end; filled = 0) {
     // Small parameters share a chunk.
-    while (begin < end && filled < chunk) {
+    while (begin < end && filled < kChunk) {
       const Walk& walk = problem.walks[k];
       const int64_t from = begin - problem.starts[k];
-      const int64_t count = std::min({chunk - filled, end - begin, walk.numel - from});
+      const int64_t count = std::min({kChunk - filled, end - begin, walk.numel - from});
       for (int64_t t = 0; t < num_tasks; ++t)
-        convert_row(walk, t, walk.dtype, from, count, block + t * stride + filled);
+        convert_row(walk, t, walk.dtype, from, count, ahead, block + t * stride + filled);
       if (problem.has_metric) {
-        convert_row(walk, num_tasks, walk.metric_dtype, from, count, root + filled);
+        convert_row(walk, num_tasks, walk.metric_dtype, from, count, ahead, root + filled);
         for (int64_t c = filled; c < filled + count; ++c) root[c] = __builtin_sqrt(root[c]);
       }
       filled += count, begin += count;

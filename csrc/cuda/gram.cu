@@ -1,0 +1,88 @@
+// gradstats::gram for CUDA tensors: on the current stream, without host synchronisation.
+#include <Python.h>
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../gram_args.h"
+#include "launch_plan.h"
+
+namespace gradstats::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+void check_devices(const std::vector<Tensor>& tensors, int32_t device) {
+  for (const Tensor& tensor : tensors)
+    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device,
+                    "gradstats::gram: expected all tensors on CUDA device ", device);
+}
+
+// Row-major copies of the tensors of parameter k, where they are not row-major already.
+std::vector<Tensor> contiguous_parameter(const std::vector<Tensor>& grads, int64_t num_tasks, bool stacked, int64_t k) {
+  if (stacked) return {torch::stable::contiguous(grads[k])};
+  std::vector<Tensor> rows;
+  const int64_t num_params = static_cast<int64_t>(grads.size()) / num_tasks;
+  for (int64_t t = 0; t < num_tasks; ++t) rows.push_back(torch::stable::contiguous(grads[t * num_params + k]));
+  return rows;
+}
+
+Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> metric, bool stacked) {
+  const std::vector<Walk> walks = read_arguments(grads, num_tasks, metric, stacked);
+  const int32_t device = grads[0].get_device_index();
+  check_devices(grads, device);
+  check_devices(metric, device);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream_handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_handle));
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+
+  int64_t entries = 0;
+  for (const Walk& walk : walks) entries += walk.numel;
+  const int64_t slots = num_slots(entries, num_tasks), tiles = num_tiles(num_tasks);
+  const int64_t tile_pairs = tiles * (tiles + 1) / 2;
+  Tensor partial = torch::stable::new_zeros(grads[0], {slots, tile_pairs, kThreads}, ScalarType::Double);
+  Tensor result = torch::stable::new_empty(grads[0], {num_tasks, num_tasks}, ScalarType::Double);
+
+  auto* const sums = partial.mutable_data_ptr<double>();
+  LaunchPlan plan(num_tasks, !metric.empty(), [&](Launch launch) {
+    launch.slot_entries = (launch.starts[launch.num_segments] + slots - 1) / slots;
+    const dim3 grid(slots, num_tile_pairs(launch));
+    gram_partial_kernel<<<grid, kThreads, 0, stream>>>(launch, sums);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  for (const Walk& walk : walks) {
+    if (is_dense(walk)) {
+      plan.add(walk);
+      continue;
+    }
+    // One copied parameter at a time: the allocator may reuse its memory behind the launch, on the same stream.
+    const auto rows = contiguous_parameter(grads, num_tasks, stacked, walk.parameter);
+    std::vector<Tensor> scale;
+    if (!metric.empty()) scale.push_back(torch::stable::contiguous(metric[walk.parameter]));
+    const std::vector<Walk> copied = read_arguments(rows, num_tasks, scale, stacked);
+    plan.flush();
+    plan.add(copied[0]);
+    plan.flush();
+  }
+  plan.flush();
+  gram_reduce_kernel<<<tile_pairs, kThreads, 0, stream>>>(sums, slots, num_tasks, result.mutable_data_ptr<double>());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return result;
+}
+
+}  // namespace
+}  // namespace gradstats::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(gradstats, CUDA, library) { library.impl("gram", TORCH_BOX(&gradstats::cuda::gram)); }
+
+// Importing the module is what loads the library; it has no Python functions of its own.
+PyMODINIT_FUNC PyInit__C_cuda() {
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
