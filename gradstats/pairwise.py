@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from gradstats.stats import GradStats
 #: The gradient of one task: one tensor, or one per parameter with None for a parameter that it does not reach.
 TaskGrads: TypeAlias = Tensor | Sequence[Tensor | None]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: What a gradient may be made of.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def pairwise(
@@ -89,104 +90,109 @@ def check_names(names: Sequence[str] | None, num_tasks: int) -> tuple[str, ...]:
 
 
 def _stacked_operands(grads: object, metric: object) -> tuple[list[Tensor], int, list[Tensor]]:
-    blocks = [grads] if isinstance(grads, Tensor) else _as_list(grads, "grads")
-    for k, block in enumerate(blocks):
-        if block is not None:
-            _check_tensor(block, f"grads[{k}]")
-            if block.ndim == 0:
-                raise ValueError(f"grads[{k}]: expected a block [T, *param], got a zero-dimensional tensor")
-    kept = [k for k, block in enumerate(blocks) if block is not None]
-    if not kept:
+    """The operator's tensors, number of tasks and metric for blocks ``[T, *param]``."""
+    given = [grads] if isinstance(grads, Tensor) else _as_list(grads, "grads")
+    blocks = {k: _tensor(block, f"grads[{k}]") for k, block in enumerate(given) if block is not None}
+    if not blocks:
         raise ValueError("grads: expected at least one gradient, got none")
-    first = blocks[kept[0]]
-    for k in kept:
-        if blocks[k].shape[0] != first.shape[0]:
+    first, model = next(iter(blocks.items()))
+    for k, block in blocks.items():
+        if block.ndim == 0:
+            raise ValueError(f"grads[{k}]: expected a block [T, *param], got a zero-dimensional tensor")
+        if block.shape[0] != model.shape[0]:
             raise ValueError(
-                f"grads[{k}]: expected {first.shape[0]} tasks in the first dimension as in grads[{kept[0]}], "
-                f"got shape {tuple(blocks[k].shape)}"
+                f"grads[{k}]: expected {model.shape[0]} tasks in the first dimension as in grads[{first}], "
+                f"got shape {tuple(block.shape)}"
             )
-        _check_device(blocks[k], first, f"grads[{k}]")
-    if first.shape[0] == 0:
-        raise ValueError(f"grads: expected at least one task, got shape {tuple(first.shape)}")
-    scale = _metric_operand(metric, [None if b is None else b[0] for b in blocks], kept)
-    return [blocks[k] for k in kept], first.shape[0], scale
+        _check_device(block, model, f"grads[{k}]")
+    num_tasks = model.shape[0]
+    if num_tasks == 0:
+        raise ValueError(f"grads: expected at least one task, got shape {tuple(model.shape)}")
+    scale = _metric_operand(metric, len(given), {k: block[0] for k, block in blocks.items()})
+    return list(blocks.values()), num_tasks, scale
 
 
 def _listed_operands(grads: object, metric: object) -> tuple[list[Tensor], int, list[Tensor]]:
-    tasks = [[task] if isinstance(task, Tensor) else _as_list(task, f"grads[{t}]") for t, task in enumerate(_as_list(grads, "grads"))]
+    """The operator's tensors, number of tasks and metric for ``T`` tensors or ``T`` lists of tensors."""
+    given = _as_list(grads, "grads")
+    tasks = [[task] if isinstance(task, Tensor) else _as_list(task, f"grads[{t}]") for t, task in enumerate(given)]
     if not tasks:
         raise ValueError("grads: expected at least one task, got none")
     num_params = len(tasks[0])
     for t, task in enumerate(tasks):
         if len(task) != num_params:
             raise ValueError(f"grads[{t}]: expected {num_params} parameter gradients as in grads[0], got {len(task)}")
-    models = [_check_parameter([task[k] for task in tasks], k) for k in range(num_params)]
-    kept = [k for k, model in enumerate(models) if model is not None]
-    if not kept:
+    models: dict[int, Tensor] = {}
+    for k in range(num_params):
+        model = _check_parameter([task[k] for task in tasks], k)
+        if model is not None:
+            models[k] = model
+    if not models:
         raise ValueError("grads: expected at least one gradient, got none")
-    first = models[kept[0]]
-    for k in kept:
-        _check_device(models[k], first, f"grads[...][{k}]")
-    scale = _metric_operand(metric, models, kept)
+    first = next(iter(models.values()))
+    for k, model in models.items():
+        _check_device(model, first, f"grads[...][{k}]")
+    scale = _metric_operand(metric, num_params, models)
     # An empty tensor stands for a gradient of zeros in the operator, whose schema takes tensors alone.
-    missing = {k: models[k].new_empty(0) for k in kept if any(task[k] is None for task in tasks)}
-    return [missing[k] if task[k] is None else task[k] for task in tasks for k in kept], len(tasks), scale
+    missing = {k: model.new_empty(0) for k, model in models.items() if any(task[k] is None for task in tasks)}
+    return [missing[k] if task[k] is None else task[k] for task in tasks for k in models], len(tasks), scale
 
 
 def _check_parameter(column: list[Tensor | None], k: int) -> Tensor | None:
     """Check one parameter's gradients against each other; return one of them, or None where all tasks have None."""
     model: Tensor | None = None
-    for t, grad in enumerate(column):
-        if grad is None:
+    owner = 0
+    for t, value in enumerate(column):
+        if value is None:
             continue
-        _check_tensor(grad, f"grads[{t}][{k}]")
+        argument = f"grads[{t}][{k}]"
+        grad = _tensor(value, argument)
         if model is None:
             model, owner = grad, t
         elif grad.shape != model.shape:
-            raise ValueError(
-                f"grads[{t}][{k}]: expected shape {tuple(model.shape)} as in grads[{owner}][{k}], got {tuple(grad.shape)}"
-            )
+            expected = f"expected shape {tuple(model.shape)} as in grads[{owner}][{k}]"
+            raise ValueError(f"{argument}: {expected}, got {tuple(grad.shape)}")
         elif grad.dtype != model.dtype:
-            raise ValueError(
-                f"grads[{t}][{k}]: expected dtype {model.dtype} as in grads[{owner}][{k}], got {grad.dtype}"
-            )
+            raise ValueError(f"{argument}: expected dtype {model.dtype} as in grads[{owner}][{k}], got {grad.dtype}")
         else:
-            _check_device(grad, model, f"grads[{t}][{k}]")
+            _check_device(grad, model, argument)
     return model
 
 
-def _metric_operand(metric: object, models: Sequence[Tensor | None], kept: list[int]) -> list[Tensor]:
-    """``metric`` as one tensor for each kept parameter; ``models`` has a tensor of each parameter's shape."""
+def _metric_operand(metric: object, num_params: int, models: Mapping[int, Tensor]) -> list[Tensor]:
+    """``metric`` for the parameters in ``models``, which has a tensor of each one's shape."""
     if metric is None:
         return []
     diagonal = [metric] if isinstance(metric, Tensor) else _as_list(metric, "metric")
-    if len(diagonal) != len(models):
-        raise ValueError(f"metric: expected {len(models)} tensors, one per parameter, got {len(diagonal)}")
-    for k in kept:
-        model = models[k]
-        assert model is not None
-        _check_tensor(diagonal[k], f"metric[{k}]")
-        if diagonal[k].shape != model.shape:
-            raise ValueError(
-                f"metric[{k}]: expected shape {tuple(model.shape)} as one task's gradient, got {tuple(diagonal[k].shape)}"
-            )
-        _check_device(diagonal[k], model, f"metric[{k}]")
-    return [diagonal[k] for k in kept]
+    if len(diagonal) != num_params:
+        raise ValueError(f"metric: expected {num_params} tensors, one per parameter, got {len(diagonal)}")
+    kept = []
+    for k, model in models.items():
+        argument = f"metric[{k}]"
+        entry = _tensor(diagonal[k], argument)
+        if entry.shape != model.shape:
+            expected = f"expected shape {tuple(model.shape)} as one task's gradient"
+            raise ValueError(f"{argument}: {expected}, got {tuple(entry.shape)}")
+        _check_device(entry, model, argument)
+        kept.append(entry)
+    return kept
 
 
-def _as_list(value: object, argument: str) -> list:
+def _as_list(value: object, argument: str) -> list[Any]:
     if isinstance(value, Mapping) or not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{argument}: expected a tensor or a sequence of tensors, got {type(value).__name__}")
     return list(value)
 
 
-def _check_tensor(value: object, argument: str) -> None:
+def _tensor(value: object, argument: str) -> Tensor:
+    """``value``, if it is a tensor that the operator reads."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
     if value.layout != torch.strided:
         raise TypeError(f"{argument}: expected a dense tensor, got layout {value.layout}")
-    if value.dtype not in _DTYPES:
+    if value.dtype not in DTYPES:
         raise TypeError(f"{argument}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
+    return value
 
 
 def _check_device(value: Tensor, model: Tensor, argument: str) -> None:

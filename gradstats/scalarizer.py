@@ -95,7 +95,7 @@ class Scalarizer(nn.Module):
         # Due from each multiple of record_every until one succeeds.
         return self.record_every is not None and self._step // self.record_every > self._monitored
 
-    # ---- one step ----------------------------------------------------------------------------------------------
+    # ---- one step ---------------------------------------------------------------------------------------------------
 
     def forward(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> Tensor:
         """The weighted sum of the losses, with its graph.
@@ -129,8 +129,8 @@ class Scalarizer(nn.Module):
             The weighted sum, detached. With a ``grad_scaler`` the gradients are those of the scaled sum.
         """
         if not (self.training and self.wants_stats()) or _distributed():
-            total = self(losses)
-            (total if self._grad_scaler is None else self._grad_scaler.scale(total)).backward()
+            total: Tensor = self(losses)
+            torch.autograd.backward(total if self._grad_scaler is None else self._grad_scaler.scale(total))
             return total.detach()
         listed = self._listed(losses)
         weights = self.weights
@@ -206,7 +206,7 @@ class Scalarizer(nn.Module):
         weights: Tensor = self.weighting(losses, step_stats if wanted else None)
         return weights
 
-    # ---- state -------------------------------------------------------------------------------------------------
+    # ---- state ------------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> dict[str, Any]:
         """Step counters for ``state_dict``, to be saved between steps; the weighting adds its own state."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from matplotlib.figure import Figure
 
 
@@ -43,7 +44,7 @@ class GradStats:
     method: str = "pairwise"
     standard_error: float | None = None
 
-    # ---- shape ------------------------------------------------------------------------------------------------
+    # ---- shape ------------------------------------------------------------------------------------------------------
 
     @property
     def num_tasks(self) -> int:
@@ -60,7 +61,7 @@ class GradStats:
         """Names of the tasks whose gradients hold NaN or inf."""
         return tuple(name for name, ok in zip(self.names, self.finite.tolist(), strict=True) if not ok)
 
-    # ---- metrics of single tasks and of pairs -------------------------------------------------------------------
+    # ---- metrics of single tasks and of pairs -----------------------------------------------------------------------
 
     @property
     def norms(self) -> Tensor:
@@ -85,7 +86,7 @@ class GradStats:
         finite = torch.isfinite(norms)
         return torch.where(zero & finite[:, None] & finite[None, :], 0.0, similarity)
 
-    # ---- scalars --------------------------------------------------------------------------------------------------
+    # ---- scalars ----------------------------------------------------------------------------------------------------
 
     @property
     def mean_cosine(self) -> Tensor:
@@ -157,7 +158,7 @@ class GradStats:
             raise ValueError(f"weights: expected {self.num_tasks} numbers, one per task, got shape {tuple(w.shape)}")
         return w
 
-    # ---- combination --------------------------------------------------------------------------------------------------
+    # ---- combination ------------------------------------------------------------------------------------------------
 
     def __add__(self, other: GradStats) -> GradStats:
         """Statistics over the union of two disjoint parameter sets: Gramians add.
@@ -168,11 +169,13 @@ class GradStats:
         if not isinstance(other, GradStats):
             return NotImplemented
         self._check_same_tasks(other)
+        both = self.groups.keys() & other.groups.keys()
+        groups = {**self.groups, **other.groups, **{name: self.groups[name] + other.groups[name] for name in both}}
         return replace(
             self,
             gram=self.gram + other.gram,
             present=self.present | other.present,
-            groups={**self.groups, **{k: self.groups[k] + v if k in self.groups else v for k, v in other.groups.items()}},
+            groups=groups,
             method=self.method if self.method == other.method else f"{self.method}+{other.method}",
             standard_error=_largest(self.standard_error, other.standard_error),
         )

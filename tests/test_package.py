@@ -61,7 +61,8 @@ def test_info(capsys):
     printed = capsys.readouterr().out
     assert printed.startswith(f"gradstats {gradstats.__version__}\n")
     for backend in gradstats.backends().values():
-        assert backend.name in printed and backend.detail in printed
+        assert backend.name in printed
+        assert backend.detail in printed
 
 
 def test_unknown_command():

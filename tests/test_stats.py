@@ -61,7 +61,8 @@ def test_one_task():
     assert stats.cosine.tolist() == [[1.0]]
     assert stats.magnitude_similarity.tolist() == [[1.0]]
     assert float(stats.condition_number) == 1.0
-    assert math.isnan(float(stats.mean_cosine)) and math.isnan(float(stats.conflict_rate))
+    assert math.isnan(float(stats.mean_cosine))
+    assert math.isnan(float(stats.conflict_rate))
     assert stats.alignment([2.0]).tolist() == [1.0]
 
 
@@ -106,7 +107,8 @@ def test_a_broken_task_touches_its_own_row_and_column_alone(bad):
         got, expected = getattr(stats, metric), getattr(reference, metric)
         torch.testing.assert_close(got[keep][:, keep], expected[keep][:, keep])
         assert not torch.isfinite(got[2]).any() or metric == "magnitude_similarity"
-    assert math.isnan(float(stats.condition_number)) and math.isnan(float(stats.mean_cosine))
+    assert math.isnan(float(stats.condition_number))
+    assert math.isnan(float(stats.mean_cosine))
     assert "not finite" in repr(stats)
 
 
@@ -184,11 +186,13 @@ def test_save_and_load_round_trip(tmp_path):
     stats = stats_of(random_jacobian(3), groups={"g": stats_of(random_jacobian(3, 1))}, method="batched")
     stats.save(tmp_path / "stats.pt")
     loaded = GradStats.load(tmp_path / "stats.pt")
-    assert torch.equal(loaded.gram, stats.gram) and torch.equal(loaded.groups["g"].gram, stats.groups["g"].gram)
-    assert loaded.names == stats.names and loaded.method == "batched"
+    assert torch.equal(loaded.gram, stats.gram)
+    assert torch.equal(loaded.groups["g"].gram, stats.groups["g"].gram)
+    assert loaded.names == stats.names
+    assert loaded.method == "batched"
     assert [p.name for p in tmp_path.iterdir()] == ["stats.pt"]
     torch.save({"something": 1}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="path: .*does not hold"):
+    with pytest.raises(ValueError, match=r"path: .*does not hold"):
         GradStats.load(tmp_path / "other.pt")
 
 
@@ -197,7 +201,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     stats_of(random_jacobian(2)).save(path)
     before = path.read_bytes()
 
-    def fail(state, file):
+    def fail(_, file):
         file.write(b"half")
         raise OSError("disk full")
 

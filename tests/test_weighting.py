@@ -33,11 +33,13 @@ def run(weighting, steps: int, num_tasks: int = 3, seed: int = 0, scales=None):
         losses = scales * (0.5 + torch.rand(num_tasks, dtype=torch.float64, generator=generator))
         stats = stats_of(jacobian) if weighting.wants_stats() else None
         weights = weighting(losses, stats)
-        record.append({"step": step, "gram": None if stats is None else stats.gram, "losses": losses, "weights": weights})
+        record.append(
+            {"step": step, "gram": None if stats is None else stats.gram, "losses": losses, "weights": weights}
+        )
     return record
 
 
-# ---- names and constants ---------------------------------------------------------------------------------------------
+# ---- names and constants --------------------------------------------------------------------------------------------
 
 
 def test_create_knows_what_is_available():
@@ -46,8 +48,9 @@ def test_create_knows_what_is_available():
     for name in available():
         weighting = create(name, 3, **options.get(name, {}))
         weights = weighting(torch.ones(3, dtype=torch.float64), None)
-        assert weights.shape == (3,) and weights.dtype == torch.float64
-    with pytest.raises(ValueError, match="weighting: expected one of .*autoscale.*got 'nope'"):
+        assert weights.shape == (3,)
+        assert weights.dtype == torch.float64
+    with pytest.raises(ValueError, match=r"weighting: expected one of .*autoscale.*got 'nope'"):
         create("nope", 3)
     with pytest.raises(TypeError, match="bogus"):
         create("uniform", 3, bogus=1)
@@ -59,13 +62,14 @@ def test_uniform_and_fixed():
     losses = torch.ones(2, dtype=torch.float64)
     assert create("uniform", 2)(losses).tolist() == [1, 1]
     fixed = create("fixed", 2, weights=[0.25, 3])
-    assert fixed(losses).tolist() == [0.25, 3] and not fixed.wants_stats()
+    assert fixed(losses).tolist() == [0.25, 3]
+    assert not fixed.wants_stats()
     for bad in ([1.0], [1.0, math.nan], [1.0, -1.0]):
         with pytest.raises(ValueError, match="weights: expected 2 finite, non-negative numbers"):
             create("fixed", 2, weights=bad)
 
 
-# ---- SLAW ------------------------------------------------------------------------------------------------------------
+# ---- SLAW -----------------------------------------------------------------------------------------------------------
 
 
 def test_slaw_follows_the_published_recurrence():
@@ -107,7 +111,7 @@ def test_slaw_waits_for_two_losses_of_each_task_and_skips_missing_ones():
         create("slaw", 2, beta=1.0)
 
 
-# ---- AutoScale: costs ------------------------------------------------------------------------------------------------
+# ---- AutoScale: costs -----------------------------------------------------------------------------------------------
 
 
 def test_magnitude_cost_is_the_closed_form_on_the_recorded_gramians():
@@ -118,9 +122,7 @@ def test_magnitude_cost_is_the_closed_form_on_the_recorded_gramians():
         grams = [r["gram"] for r in record[40 * window : 40 * (window + 1)] if r["gram"] is not None]
         assert len(grams) == 7
         expected = torch.exp(-torch.stack([g.diagonal().sqrt().log() for g in grams]).mean(0))
-        torch.testing.assert_close(
-            weighting.window_weights[window], 3 * expected / expected.sum(), rtol=1e-12, atol=0
-        )
+        torch.testing.assert_close(weighting.window_weights[window], 3 * expected / expected.sum(), rtol=1e-12, atol=0)
     found = weighting.weights * scales
     assert float(found.max() / found.min()) < 1.3
 
@@ -198,7 +200,8 @@ def test_degenerate_gradients_give_finite_positive_weights(cost, jacobian, norma
     weighting = AutoScale(2, 100, cost=cost, normalize=normalize)
     for _ in range(20):
         weights = weighting(torch.tensor([1.0, 0.0], dtype=torch.float64), stats_of(torch.tensor(jacobian)))
-    assert weighting.weights.isfinite().all() and (weighting.weights > 0).all()
+    assert weighting.weights.isfinite().all()
+    assert (weighting.weights > 0).all()
     assert (weights > 0).all()
 
 
@@ -218,7 +221,7 @@ def test_a_task_that_never_counts_keeps_its_share():
     assert float(weights[1] / weights[0]) == pytest.approx(3.0)
 
 
-# ---- AutoScale: predictors ---------------------------------------------------------------------------------------------
+# ---- AutoScale: predictors ------------------------------------------------------------------------------------------
 
 
 def windows_of(logs: np.ndarray) -> Tensor:
@@ -269,7 +272,7 @@ def test_extrapolation_is_clamped():
     assert float(found.log().max() - found.log().min()) == pytest.approx(2 * math.log(1e6))
 
 
-# ---- AutoScale: schedule, scale, state ---------------------------------------------------------------------------------
+# ---- AutoScale: schedule, scale, state ------------------------------------------------------------------------------
 
 
 def test_schedule():
@@ -280,7 +283,8 @@ def test_schedule():
     # Weights change at the step after each window's end, and never in phase 2.
     changes = [s for s in range(1, 300) if not torch.equal(record[s]["weights"], record[s - 1]["weights"])]
     assert changes == [50, 100, 150, 200]
-    assert not weighting.exploring and weighting.needs == frozenset()
+    assert not weighting.exploring
+    assert weighting.needs == frozenset()
 
 
 @pytest.mark.parametrize("total_steps", [1, 3, 7, 40, 55, 101])
@@ -288,7 +292,8 @@ def test_short_runs_shrink_windows_and_samples(total_steps):
     weighting = AutoScale(2, total_steps)
     record = run(weighting, total_steps + 5, num_tasks=2)
     recorded = [r["step"] for r in record if r["gram"] is not None]
-    assert recorded and max(recorded) < max(1, round(0.2 * total_steps))
+    assert recorded
+    assert max(recorded) < max(1, round(0.2 * total_steps))
     assert len(weighting.window_weights) == weighting.windows
     assert not torch.equal(weighting.weights, torch.ones(2, dtype=torch.float64))
 
@@ -306,7 +311,8 @@ def test_a_step_that_could_not_be_recorded_is_made_up_for(caplog):
     with caplog.at_level(logging.WARNING, logger="gradstats"):
         for _ in range(20):
             weighting(torch.ones(2, dtype=torch.float64), None)
-    assert weighting.weights.tolist() == [1, 1] and "could be recorded" in caplog.text
+    assert weighting.weights.tolist() == [1, 1]
+    assert "could be recorded" in caplog.text
 
 
 def test_gradient_normalisation_keeps_the_aggregated_norm():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from gradstats.stats import GradStats
 from gradstats.weighting.base import Weighting
+
+if TYPE_CHECKING:
+    from gradstats.stats import GradStats
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +41,13 @@ class AutoScale(Weighting):
     * ``cost="condition"``: least mean over samples of ``log κ(diag(w) G_t diag(w))``, a convex problem in ``log w``;
       where the gradients are linearly dependent no weights help and those of ``"magnitude"`` are taken.
     * ``cost="loss"``: equal weighted losses, ``w_i ∝ exp(-mean_t log L_i(t))``; needs positive losses.
-    * ``predictor`` works on the logarithms of the windows' weights, at the end of phase 1: ``"last"`` window, ``"mean"``,
-      ``"ema"`` (window ``i`` of ``n`` counts ``0.9^(n-i)``), ``"linear"`` least squares, and ``"exponential"``, least
-      squares of ``a + b exp(-x/τ)`` with ``τ`` shared between tasks.
-    * ``normalize="gradient"`` scales every new vector so that the norm of the aggregated gradient ``sqrt(wᵀ G w)`` over the
-      window just recorded does not change. Adam's second moments remember old gradient scales for thousands of steps,
-      so with badly scaled tasks a jump ruins the training that the weights should help. ``"sum"`` is ``sum(w) = T``.
+    * ``predictor`` works on the logarithms of the windows' weights, at the end of phase 1: ``"last"`` window,
+      ``"mean"``, ``"ema"`` (window ``i`` of ``n`` counts ``0.9^(n-i)``), ``"linear"`` least squares, and
+      ``"exponential"``, least squares of ``a + b exp(-x/τ)`` with ``τ`` shared between tasks.
+    * ``normalize="gradient"`` scales every new vector so that the norm of the aggregated gradient ``sqrt(wᵀ G w)``
+      over the window just recorded does not change. Adam's second moments remember old gradient scales for thousands
+      of steps, so with badly scaled tasks a jump ruins the training that the weights should help. ``"sum"`` is
+      ``sum(w) = T``.
 
     Each weight stays within a factor 1e6 of the geometric mean of all. A task whose gradient (or loss) was zero or
     absent in every sample of a window keeps the weight that it had.
@@ -78,14 +81,19 @@ class AutoScale(Weighting):
         normalize: Normalize = "gradient",
     ) -> None:
         super().__init__(num_tasks)
-        for name, value in (("total_steps", total_steps), ("windows", windows), ("samples_per_window", samples_per_window)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        counts = {"total_steps": total_steps, "windows": windows, "samples_per_window": samples_per_window}
+        for name, count in counts.items():
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {count!r}")
         if not 0.0 < explore <= 1.0:
             raise ValueError(f"explore: expected a number in (0, 1], got {explore!r}")
-        for name, value, choices in (("cost", cost, Cost), ("predictor", predictor, Predictor), ("normalize", normalize, Normalize)):
-            if value not in get_args(choices):
-                raise ValueError(f"{name}: expected one of {', '.join(get_args(choices))}, got {value!r}")
+        for name, choice, choices in (
+            ("cost", cost, get_args(Cost)),
+            ("predictor", predictor, get_args(Predictor)),
+            ("normalize", normalize, get_args(Normalize)),
+        ):
+            if choice not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {choice!r}")
         self.cost, self.predictor, self.normalize = cost, predictor, normalize
         self.explore_steps = max(1, round(explore * total_steps))
         self.windows = min(windows, max(1, self.explore_steps // _SHORTEST_WINDOW))
@@ -239,7 +247,7 @@ def _minimise(shift: Tensor, grams: Tensor, temperature: float) -> None:
             smooth = torch.logsumexp(logs, 1) + torch.logsumexp(-logs, 1)
             return temperature * smooth.mean() / 2
 
-    solver.step(closure)
+    solver.step(closure)  # type: ignore[no-untyped-call]  # torch does not annotate it
 
 
 def predict(window_weights: Tensor, predictor: Predictor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from gradstats.stats import GradStats
+if TYPE_CHECKING:
+    from gradstats.stats import GradStats
 
 
 class Weighting(nn.Module, ABC):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gradstats.stats import GradStats
 from gradstats.weighting.base import Weighting
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gradstats.stats import GradStats
 
 
 class Fixed(Weighting):

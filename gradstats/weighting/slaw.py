@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from gradstats.stats import GradStats
 from gradstats.weighting.base import Weighting
+
+if TYPE_CHECKING:
+    from gradstats.stats import GradStats
 
 _SMALLEST_STD = 1e-5  # floor of the authors' code
 
