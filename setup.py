@@ -16,7 +16,7 @@ from setuptools import setup
 TORCH_TARGET_VERSION = "0x020a000000000000"
 PYTHON_TAG = "cp310"
 
-COMMON_FLAGS = ["-O3", "-g0", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+COMMON_FLAGS = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h*"))
 
 
@@ -53,7 +53,7 @@ def extensions() -> list:
             "gradstats._C",
             ["csrc/cpu/gram.cpp"],
             depends=HEADERS,
-            extra_compile_args=[*COMMON_FLAGS, "-Wall"],
+            extra_compile_args=[*COMMON_FLAGS, "-g0", "-Wall"],
             py_limited_api=True,
         )
     ]
@@ -65,7 +65,7 @@ def extensions() -> list:
                 "gradstats._C_cuda",
                 ["csrc/cuda/gram.cu"],
                 depends=HEADERS,
-                extra_compile_args={"cxx": flags, "nvcc": flags},
+                extra_compile_args={"cxx": [*flags, "-g0"], "nvcc": flags},
                 py_limited_api=True,
             )
         )

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "../gram_args.h"
 #include "launch_plan.h"
@@ -38,7 +39,7 @@ Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> me
   check_devices(metric, device);
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream_handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_handle));
   const auto stream = static_cast<cudaStream_t>(stream_handle);
 
   int64_t entries = 0;
