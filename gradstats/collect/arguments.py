@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -98,6 +99,7 @@ def normal_inputs(inputs: Inputs, graph: Graph) -> Named:
     if inputs is None:
         tensors = default_inputs(graph)
     elif isinstance(inputs, nn.Module):
+        _show_shards(inputs)
         named = [(name, p) for name, p in inputs.named_parameters() if p.requires_grad]
         names, tensors = [name for name, _ in named], [p for _, p in named]
     elif isinstance(inputs, Mapping):
@@ -118,6 +120,18 @@ def normal_inputs(inputs: Inputs, graph: Graph) -> Named:
     positions = sorted(first.values())
     kept = None if names is None else [names[i] for i in positions]
     return Named([tensors[i] for i in positions], kept, positions, len(tensors))
+
+
+def _show_shards(module: nn.Module) -> None:
+    """Make FSDP2 modules show the sharded parameters, where gradients arrive.
+
+    Between forward and backward the outermost one shows its unsharded ones; a backward gathers them anew.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for part in module.modules():
+            if isinstance(part, fsdp.FSDPModule):
+                part.reshard()
 
 
 def default_inputs(graph: Graph) -> list[Tensor]:

@@ -73,7 +73,8 @@ def collect(
     graph = Graph(present)
     if inputs is None and graph.hides_parameters:
         raise ValueError(
-            "inputs: the graph holds reentrant activation checkpoints, which hide parameters; pass the model"
+            "inputs: the graph holds reentrant activation checkpoints or FSDP2 modules, whose parameters it does not "
+            "show; pass the model"
         )
     named = args.normal_inputs(inputs, graph)
     groups, diagonal = args.group_names(group_by, named), args.metric_operand(metric, named)
@@ -141,8 +142,8 @@ def _check_visible(job: Job) -> None:
     """
     if job.graph.hides_parameters:
         raise ValueError(
-            "method: the graph holds reentrant activation checkpoints, which hide their parameters; use "
-            "torch.utils.checkpoint with use_reentrant=False, or method='engine' with the model as inputs"
+            "method: the graph holds reentrant activation checkpoints or FSDP2 modules, whose parameters it does not "
+            "show; use method='engine' with the model as inputs, or checkpoint with use_reentrant=False"
         )
     if not any(job.graph.tasks_reaching(tensor) for tensor in job.inputs):
         raise ValueError(f"inputs: no loss reaches any of the {len(job.inputs)} inputs")

@@ -12,6 +12,9 @@ from torch.autograd.graph import Node, get_gradient_edge
 #: One input slot of a node: gradients of one tensor are summed there. The same as ``GradientEdge`` without its owner.
 Edge = tuple[Node, int]
 
+#: Nodes whose backward reaches parameters that are not below them in the graph, or hands gradients on to others.
+_HIDING = ("CheckpointFunctionBackward", "RegisterPostBackwardFunctionBackward")
+
 
 def edge_of(tensor: Tensor) -> Edge:
     """Where the gradient of ``tensor`` arrives: its ``grad_fn``, or its ``AccumulateGrad`` node if it is a leaf."""
@@ -56,8 +59,12 @@ class Graph:
 
     @property
     def hides_parameters(self) -> bool:
-        """Whether it holds reentrant activation checkpoints, whose parameters only a ``backward`` call reaches."""
-        return any(node.name() == "CheckpointFunctionBackward" for node in self.children)
+        """Whether it holds parameters that only a ``backward`` call reaches: in reentrant checkpoints, under FSDP2.
+
+        FSDP2 frees the parameters that the forward has used; the graph holds their empty shells.
+        """
+        shells = any(leaf.numel() and not leaf.untyped_storage().size() for leaf in self.leaves.values())
+        return shells or any(node.name() in _HIDING for node in self.children)
 
     def with_any_below(self, targets: Iterable[Node]) -> set[Node]:
         """The nodes from which a gradient flows into one of ``targets``, themselves included."""
