@@ -214,52 +214,58 @@ def plot_stats(stats: GradStats) -> Figure:
         ImportError: If matplotlib is not installed (extra ``plot``).
     """
     size = max(2.4, 0.55 * stats.num_tasks if stats.num_tasks <= _MOST_ANNOTATED else 6.0)
-    figure, (heat, side) = _figure(1, 2, width=2 * size + 2.2, height=size + 0.9, ratios=(1.25, 1), share_y=False)
+    figure, (left, right) = _figure(1, 2, width=2 * size + 2.2, height=size + 0.9, ratios=(1.25, 1), share_y=False)
     present = stats.present.cpu()
-    cosine = stats.cosine.cpu().masked_fill(~(present[:, None] & present[None, :]), math.nan)
-    norms = stats.norms.cpu().masked_fill(~present, math.nan).tolist()
-
-    heat.set_facecolor("#D9D9D9")
-    image = heat.imshow(cosine.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, aspect="equal")
-    heat.grid(visible=False)
-    heat.set_title("cosine of task gradients")
-    annotated = stats.num_tasks <= _MOST_ANNOTATED
-    heat.set_xticks(range(stats.num_tasks), stats.names, rotation=0 if stats.num_tasks <= 3 else 90)
-    heat.set_yticks(range(stats.num_tasks), stats.names)
-    heat.spines[:].set_visible(False)
-    heat.tick_params(length=0)
-    for (i, j), value in (((i, j), float(cosine[i, j])) for i in range(len(cosine)) for j in range(len(cosine))):
-        if annotated:
-            text = "–" if math.isnan(value) else f"{value:.2f}".replace("-", "−")
-            heat.text(j, i, text, ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
-    figure.colorbar(image, ax=heat, ticks=(-1, 0, 1), shrink=0.85, pad=0.03).outline.set_visible(False)
-
-    side.set_title("gradient norm")
-    side.set_ylim(heat.get_ylim())
-    side.set_yticks(range(stats.num_tasks), [""] * stats.num_tasks)
-    side.tick_params(axis="y", length=0)
-    positive = [norm for norm in norms if math.isfinite(norm) and norm > 0] or [1.0]
-    side.set_xscale("log")
-    low, high = math.floor(math.log10(min(positive))), math.floor(math.log10(max(positive))) + 1
-    side.set_xlim(10.0**low, 10.0 ** (high + 0.4 * (high - low)))  # room for the numbers
-    for row, norm in enumerate(norms):
-        known = math.isfinite(norm) and norm > 0
-        if known:
-            side.plot(norm, row, "o", color=COLOURS[0])
-        label = f"{norm:.4g}" if bool(present[row]) else "absent"
-        side.annotate(
-            label, (norm if known else 10.0**low, row), (7, 0), textcoords="offset points", va="center", ha="left"
-        )
+    known = present[:, None] & present[None, :]
+    _heat_map(figure, left, stats.cosine.cpu().masked_fill(~known, math.nan).tolist(), stats.names)
+    _norms(right, [norm if there else None for norm, there in zip(stats.norms.tolist(), present, strict=True)])
     return figure
 
 
+def _heat_map(figure: Figure, panel: Axes, cosine: Sequence[Sequence[float]], names: Sequence[str]) -> None:
+    image = panel.imshow(cosine, cmap="RdBu_r", vmin=-1, vmax=1, aspect="equal")
+    panel.set_title("cosine of task gradients")
+    panel.set_facecolor("#D9D9D9")  # shows where there is no number
+    panel.grid(visible=False)
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0)
+    panel.set_xticks(range(len(names)), names, rotation=0 if len(names) <= 3 else 90)
+    panel.set_yticks(range(len(names)), names)
+    if len(names) <= _MOST_ANNOTATED:
+        for i, row in enumerate(cosine):
+            for j, value in enumerate(row):
+                text = "–" if math.isnan(value) else f"{value:.2f}".replace("-", "−")
+                panel.text(j, i, text, ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
+    figure.colorbar(image, ax=panel, ticks=(-1, 0, 1), shrink=0.85, pad=0.03).outline.set_visible(False)
+
+
+def _norms(panel: Axes, norms: Sequence[float | None]) -> None:
+    """A dot for each norm on a logarithmic axis, with the numbers to the right; None stands for an absent task."""
+    drawn = {row: norm for row, norm in enumerate(norms) if norm is not None and math.isfinite(norm) and norm > 0}
+    panel.plot(list(drawn.values()), list(drawn), "o", color=COLOURS[0])
+    panel.set_title("gradient norm")
+    panel.set_xscale("log")
+    decades = [math.log10(norm) for norm in drawn.values()] or [0.0]
+    panel.set_xlim(10.0 ** math.floor(min(decades) - 0.1), 10.0 ** (math.floor(max(decades) + 0.1) + 1))
+    panel.set_ylim(len(norms) - 0.5, -0.5)
+    panel.yaxis.tick_right()
+    panel.set_yticks(range(len(norms)), ["absent" if norm is None else f"{norm:.4g}" for norm in norms])
+    panel.tick_params(axis="y", length=0)
+
+
 @_styled
-def plot_weights(runs: Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]], names: Sequence[str]) -> Figure:
+def plot_weights(
+    runs: Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]],
+    names: Sequence[str],
+    *,
+    ylabel: str = "task weight",
+) -> Figure:
     """Task weights over time, one panel a method; a logarithmic axis where all weights are positive.
 
     Args:
         runs: For each method, the steps ``[S]`` and the weights in force at them ``[S, T]``.
         names: Names of the ``T`` tasks.
+        ylabel: What is shown, such as how the weights are scaled.
 
     Raises:
         ImportError: If matplotlib is not installed (extra ``plot``).
@@ -279,7 +285,7 @@ def plot_weights(runs: Mapping[str, tuple[Sequence[float], Sequence[Sequence[flo
             _line(panel, steps, [float(row[task]) for row in weights], name, task)
         panel.set_title(method)
         panel.set_xlabel("optimizer step")
-    panels[0].set_ylabel("task weight")
+    panels[0].set_ylabel(ylabel)
     if all(float(weight) > 0 for _, weights in runs.values() for row in weights for weight in row):
         panels[0].set_yscale("log")
     _legend_above(figure, panels[0])

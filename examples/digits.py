@@ -1,0 +1,417 @@
+"""Three tasks of very different loss scale on overlaid handwritten digits: which loss weights serve all of them?
+
+Each image holds two digits, one over the other. The tasks are to name the left digit, to name the right digit
+(cross-entropy), and to draw the image again from 64 numbers (squared error). Their losses are in different units, a
+few nats and hundreds of squared intensities, so a plain sum trains the drawing and neglects the naming.
+
+Trained for each seed: a single-task reference for each task, then one network for all three with unitary
+scalarization (the plain sum), SLAW and AutoScale. Same data, network, optimizer, learning rate and number of steps
+for all; the learning rate is the one of 1e-3, 3e-3, 1e-2 that served the plain sum and the single tasks best on the
+validation pairs (``--lr 1e-3 --evaluate-on valid`` repeats that). The model after the last step is evaluated, so no
+other choice is made on any data.
+
+These runs are timed, interleaved within each seed in an order that rotates from seed to seed, and carry no monitor.
+The pictures of weights and gradients come from one more run of each method with the first seed, which records the
+gradients all along; recording changes no gradient, and its time is reported nowhere.
+
+    python examples/digits.py --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import logging
+import math
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from tqdm import tqdm
+
+import gradstats
+from gradstats import report
+from gradstats.data import OverlaidDigits, overlaid_digits
+from gradstats.train import History, Trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+TASKS = ("left", "right", "image")
+METHODS = {"unitary": "uniform", "SLAW": "slaw", "AutoScale": "autoscale"}
+SINGLE = "single-task"
+HIGHER_IS_BETTER = {"left": True, "right": True, "image": False}
+LABELS = {"left": "left accuracy (%)", "right": "right accuracy (%)", "image": "image error (RMSE, 0–16)"}
+DROP = "Δm (%), lower is better"
+NOTES = """
+All numbers are those of the model after the last step: none is chosen by its results.
+±: 95 % t-interval of the mean over seeds. Δm: mean relative drop against the single-task networks of the same seed.
+time: relative to unitary in the same run, median over seeds, nothing monitored. weights: those in force at the end,
+mean over seeds, scaled to sum 3.
+"""
+
+
+class Digits(nn.Module):
+    """A small convolutional encoder, shared by one head for each task.
+
+    Args:
+        tasks: Any of ``TASKS``.
+    """
+
+    def __init__(self, tasks: tuple[str, ...]) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(32 * 5 * 5, 64),
+            nn.ReLU(),
+        )
+        outputs = {"left": 10, "right": 10, "image": 11 * 11}
+        self.heads = nn.ModuleDict(
+            {task: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, outputs[task])) for task in tasks}
+        )
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """Logits ``[N, 10]`` or pixels ``[N, 121]`` of each task, from images ``[N, 1, 11, 11]`` in 0 to 16."""
+        features = self.encoder(image / 16.0)
+        return {task: head(features) for task, head in self.heads.items()}
+
+
+def compute_losses(model: nn.Module, batch: Mapping[str, Tensor], *, reconstruction: str) -> dict[str, Tensor]:
+    """Mean loss of each task over the batch: nats for the digits, squared intensities for the image."""
+    losses = {}
+    for task, output in model(batch["image"]).items():
+        if task == "image":
+            squared = (output - batch["image"].flatten(1)).square()
+            losses[task] = (squared.sum(1) if reconstruction == "sum" else squared.mean(1)).mean()
+        else:
+            losses[task] = F.cross_entropy(output, batch[task])
+    return losses
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: OverlaidDigits) -> dict[str, float]:
+    """Metric of each task: accuracy in percent, root mean squared error of a pixel in intensities 0 to 16."""
+    model.eval()
+    batch = data[:]
+    metrics = {}
+    for task, output in model(batch["image"]).items():
+        if task == "image":
+            metrics[task] = F.mse_loss(output, batch["image"].flatten(1)).sqrt().item()
+        else:
+            metrics[task] = 100.0 * (output.argmax(1) == batch[task]).double().mean().item()
+    return metrics
+
+
+@dataclass
+class Run:
+    """What one training leaves behind."""
+
+    metrics: dict[str, float]
+    seconds: float
+    weights: list[float]
+    history: History
+
+
+def train(
+    label: str,
+    weighting: str,
+    tasks: tuple[str, ...],
+    data: Mapping[str, OverlaidDigits],
+    seed: int,
+    options: argparse.Namespace,
+    *,
+    record_every: int | None = None,
+) -> Run:
+    """Train one network on ``tasks`` and evaluate it; the time is that of the training alone."""
+    sampler = BatchSampler(RandomSampler(data["train"]), options.batch_size, drop_last=True)
+    loader = DataLoader(data["train"], batch_size=None, sampler=sampler)
+    steps = options.epochs * len(loader)
+    torch.manual_seed(seed)
+    model = Digits(tasks)
+    optimizer = torch.optim.AdamW(model.parameters(), options.lr)
+    scalarizer = gradstats.Scalarizer(
+        weighting,
+        tasks=tasks,
+        record_every=record_every,
+        **({"total_steps": steps} if weighting == "autoscale" else {}),
+    )
+    trainer = Trainer(
+        model,
+        lambda model, batch: compute_losses(model, batch, reconstruction=options.reconstruction),
+        optimizer,
+        scalarizer,
+        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
+        scheduler_interval="step",
+        max_epochs=options.epochs,
+        seed=seed,
+        progress=False,
+        accelerator="cpu",
+    )
+    with tqdm(total=steps, desc=f"seed {seed}, {label}", unit="step") as bar:
+        optimizer.register_step_post_hook(lambda *_: bar.update())
+        start = time.perf_counter()
+        history = trainer.fit(loader)
+        seconds = time.perf_counter() - start
+    return Run(evaluate(model, data[options.evaluate_on]), seconds, scalarizer.weights.tolist(), history)
+
+
+# ---- all runs, and what they say -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Results:
+    """All runs of the demo.
+
+    Attributes:
+        single: Test metrics of the single-task references, for each seed.
+        runs: Timed runs of each method, for each seed.
+        monitored: One more run of each method, with its gradients recorded.
+    """
+
+    single: list[dict[str, float]]
+    runs: dict[str, list[Run]]
+    monitored: dict[str, Run]
+
+    def drops(self, method: str) -> list[float]:
+        """Δm of each seed, against the single-task references of the same seed."""
+        return [
+            report.relative_drop(run.metrics, single, higher_is_better=HIGHER_IS_BETTER)
+            for run, single in zip(self.runs[method], self.single, strict=True)
+        ]
+
+    def relative_time(self, method: str) -> float:
+        """Median over seeds of the time relative to unitary scalarization with the same seed."""
+        pairs = zip(self.runs[method], self.runs["unitary"], strict=True)
+        return statistics.median(run.seconds / unitary.seconds for run, unitary in pairs)
+
+    def weights(self, method: str) -> list[float]:
+        """Mean over seeds of the weights after training, scaled to ``sum(w) = T``."""
+        return [
+            statistics.fmean(column) for column in zip(*(scaled(run.weights) for run in self.runs[method]), strict=True)
+        ]
+
+    def intervals(self) -> dict[str, dict[str, report.Interval]]:
+        """Each metric, and Δm, of each method and of the single-task references."""
+        metrics = {SINGLE: self.single, **{method: [run.metrics for run in self.runs[method]] for method in METHODS}}
+        table = {
+            method: {LABELS[task]: report.interval(row[task] for row in rows) for task in TASKS}
+            for method, rows in metrics.items()
+        }
+        for method in METHODS:
+            table[method][DROP] = report.interval(self.drops(method))
+        return table
+
+
+def run_all(options: argparse.Namespace) -> Results:
+    """Train everything: the methods interleaved within each seed, first to last place rotating over seeds."""
+    data = overlaid_digits(pairs_per_image=options.pairs_per_image)
+    results = Results([], {method: [] for method in METHODS}, {})
+    for seed in range(options.seeds):
+        single = [train(f"{SINGLE} {task}", "uniform", (task,), data, seed, options) for task in TASKS]
+        results.single.append({task: run.metrics[task] for task, run in zip(TASKS, single, strict=True)})
+        order = list(METHODS)
+        for method in order[seed % len(order) :] + order[: seed % len(order)]:
+            results.runs[method].append(train(method, METHODS[method], TASKS, data, seed, options))
+    for method, weighting in METHODS.items():
+        run = train(f"{method}, monitored", weighting, TASKS, data, 0, options, record_every=options.record_every)
+        results.monitored[method] = run
+    return results
+
+
+def results_table(results: Results, *, markdown: bool) -> str:
+    """Metrics, Δm, relative time and weights of each method."""
+    header = ["method", *LABELS.values(), DROP, "time", "weights left : right : image"]
+    rows = []
+    for method, intervals in results.intervals().items():
+        cells = [f"{intervals[label]:{'.2f' if label == LABELS['image'] else '.1f'}}" for label in LABELS.values()]
+        if method == SINGLE:
+            rows.append([method, *cells, "0", "", ""])
+        else:
+            weights = " : ".join(f"{weight:.2g}" for weight in results.weights(method))
+            rows.append([method, *cells, f"{intervals[DROP]:.1f}", f"{results.relative_time(method):.2f}", weights])
+    return report.table(header, rows, markdown=markdown)
+
+
+def verdicts(results: Results) -> list[str]:
+    """For AutoScale against each other method: better, worse, or not told apart; by the difference within seeds."""
+    lines = []
+    for other in (method for method in METHODS if method != "AutoScale"):
+        pairs = zip(results.drops("AutoScale"), results.drops(other), strict=True)
+        difference = report.interval(ours - theirs for ours, theirs in pairs)
+        if math.isnan(difference.half_width):
+            verdict = "one seed tells nothing of the spread"
+        elif abs(difference.mean) <= difference.half_width:
+            verdict = "AutoScale does NOT win: the interval of the difference holds 0"
+        else:
+            verdict = "AutoScale wins" if difference.mean < 0 else "AutoScale does NOT win: it is worse"
+        lines.append(f"Δm of AutoScale minus Δm of {other}: {difference:.1f} points; {verdict}.")
+    return lines
+
+
+def recorded_stats(row: Mapping[str, float]) -> gradstats.GradStats:
+    """The Gramian behind one row of the history."""
+    norms = torch.tensor([row[f"gradient/norm/{task}"] for task in TASKS], dtype=torch.float64)
+    cosine = torch.eye(len(TASKS), dtype=torch.float64)
+    for i, j in itertools.combinations(range(len(TASKS)), 2):
+        cosine[i, j] = cosine[j, i] = row[f"gradient/cosine/{TASKS[i]}/{TASKS[j]}"]
+    gram = norms[:, None] * cosine * norms[None, :]
+    return gradstats.GradStats(gram=gram, names=TASKS, present=torch.ones(len(TASKS), dtype=torch.bool))
+
+
+def binned_similarity(rows: list[dict[str, float]], weights: list[list[float]]) -> tuple[list[float], list[float]]:
+    """Magnitude similarity of the weighted gradients, with Gramians averaged over each of 20 bins of the steps.
+
+    A single batch's gradients are noisy, and a mean over ratios of noisy norms is biased, so Gramians are averaged.
+    """
+    width = rows[-1]["step"] / 20
+    bins: dict[int, list[tuple[float, gradstats.GradStats]]] = {}
+    for row, in_force in zip(rows, weights, strict=True):
+        bins.setdefault(int((row["step"] - 1) / width), []).append(
+            (row["step"], recorded_stats(row).weighted(in_force))
+        )
+    steps = [statistics.fmean(step for step, _ in members) for members in bins.values()]
+    means = [gradstats.GradStats.mean([stats for _, stats in members]) for members in bins.values()]
+    return steps, [float(stats.mean_magnitude_similarity) for stats in means]
+
+
+def scaled(weights: list[float]) -> list[float]:
+    """Weights scaled to ``sum(w) = T``: their ratios are what methods can be compared by."""
+    return [len(weights) * weight / sum(weights) for weight in weights]
+
+
+def pictures(results: Results) -> dict[str, Any]:
+    """Figures by file name."""
+    weights, similarity = {}, {}
+    for method, run in results.monitored.items():
+        rows = [row for row in run.history.steps if "gradient/mean_cosine" in row]
+        in_force = [[row[f"weight/{task}"] for task in TASKS] for row in rows]
+        weights[method] = ([row["step"] for row in rows], [scaled(w) for w in in_force])
+        similarity[method] = binned_similarity(rows, in_force)
+    unitary = [
+        recorded_stats(row) for row in results.monitored["unitary"].history.steps if "gradient/mean_cosine" in row
+    ]
+    return {
+        "results.png": report.plot_intervals(results.intervals(), reference=SINGLE),
+        "weights.png": report.plot_weights(weights, TASKS, ylabel="task weight, scaled to sum 3"),
+        "magnitude_similarity.png": report.plot_curves(
+            similarity, ylabel="magnitude similarity of\nweighted gradients (1: equal)", ylim=(0, 1.02)
+        ),
+        "cosine.png": report.plot_stats(gradstats.GradStats.mean(unitary)),
+    }
+
+
+def write_results(results: Results, options: argparse.Namespace, minutes: float) -> None:
+    """Tables, numbers and pictures into the results folder, each file written atomically."""
+    folder = options.results_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "method": method,
+            "seed": seed,
+            **run.metrics,
+            "delta_m_percent": drop,
+            "seconds": run.seconds,
+            **{f"weight_{task}": weight for task, weight in zip(TASKS, run.weights, strict=True)},
+        }
+        for method in METHODS
+        for seed, (run, drop) in enumerate(zip(results.runs[method], results.drops(method), strict=True))
+    ]
+    rows += [{"method": SINGLE, "seed": seed, **metrics} for seed, metrics in enumerate(results.single)]
+    columns = io.StringIO()
+    writer = csv.DictWriter(columns, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    report.write_file(folder / "results.csv", columns.getvalue())
+
+    summary = {
+        "options": {**vars(options), "results_dir": str(folder)},
+        "versions": {
+            "gradstats": gradstats.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "minutes": minutes,
+        "runs": rows,
+        "summary": {
+            method: {
+                label: {"mean": i.mean, "half_width": i.half_width if math.isfinite(i.half_width) else None}
+                for label, i in row.items()
+            }
+            for method, row in results.intervals().items()
+        },
+        "time_relative_to_unitary": {method: results.relative_time(method) for method in METHODS},
+        "verdicts": verdicts(results),
+    }
+    report.write_file(folder / "results.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    report.write_file(folder / "results.md", results_table(results, markdown=True) + "\n")
+    for name, figure in pictures(results).items():
+        report.save_figure(figure, folder / name)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of each training (12)")
+    parser.add_argument("--pairs-per-image", type=int, default=8, help="pairs in which each digit is the left one (8)")
+    parser.add_argument("--batch-size", type=int, default=64, help="pairs in a batch (64)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's learning rate, cosine decay to 0 (3e-3)")
+    parser.add_argument(
+        "--reconstruction",
+        choices=("sum", "mean"),
+        default="sum",
+        help="squared error summed (as in autoencoders with a Gaussian likelihood) or averaged over pixels",
+    )
+    parser.add_argument("--record-every", type=int, default=10, help="steps between records of the monitored runs (10)")
+    parser.add_argument(
+        "--evaluate-on", choices=("test", "valid"), default="test", help="pairs that the metrics are measured on (test)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="threads of torch (1: the network is so small that more only wait for each other)",
+    )
+    parser.add_argument(
+        "--results-dir", type=Path, default=Path("demo-results"), help="where results go (demo-results)"
+    )
+    options = parser.parse_args(arguments)
+    for name in ("seeds", "epochs", "pairs_per_image", "batch_size", "record_every", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the demo."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    logging.getLogger("lightning").setLevel(logging.WARNING)
+    start = time.perf_counter()
+    results = run_all(options)
+    minutes = (time.perf_counter() - start) / 60
+    write_results(results, options, minutes)
+    print(f"\nOverlaid digits, {options.evaluate_on} pairs, {options.seeds} seeds, {minutes:.1f} minutes.\n")
+    print(results_table(results, markdown=False))
+    print(NOTES)
+    print("\n".join(verdicts(results)))
+    print(f"\nTables and pictures are in {options.results_dir}/.")
+
+
+if __name__ == "__main__":
+    main()
