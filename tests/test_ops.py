@@ -38,9 +38,7 @@ def oracle(rows: Sequence[Sequence[Tensor]], metric: Sequence[Tensor] = ()) -> n
         size = max(row[k].numel() for row in rows)
         if size == 0:
             continue
-        columns = [
-            row[k].double().contiguous().flatten().numpy() if row[k].numel() else np.zeros(size) for row in rows
-        ]
+        columns = [row[k].double().contiguous().flatten().numpy() if row[k].numel() else np.zeros(size) for row in rows]
         scale = metric[k].double().contiguous().flatten().numpy() if metric else np.ones(size)
         with np.errstate(all="ignore"):
             for i, x in enumerate(columns):
@@ -278,7 +276,9 @@ def test_tasks_of_very_different_scale(kernel: Kernel) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("at", [0, 63, 1000, 4098])
-def test_a_broken_task_shows_in_its_row_and_column_alone(kernel: Kernel, dtype: torch.dtype, bad: float, at: int) -> None:
+def test_a_broken_task_shows_in_its_row_and_column_alone(
+    kernel: Kernel, dtype: torch.dtype, bad: float, at: int
+) -> None:
     num_tasks, broken = 6, 2
     rows = [[randn(4099, seed=t, dtype=dtype), randn(5, seed=t)] for t in range(num_tasks)]
     rows[4][0] = torch.empty(0, dtype=dtype)  # no gradient: zeros, and 0 * inf is NaN

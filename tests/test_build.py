@@ -1,0 +1,139 @@
+"""Building and packaging: what lands in the wheel and the sdist, and what the build's environment variables do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ["csrc", "gradstats", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a checkout")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A clean copy of the sources: building leaves files behind."""
+    target = tmp_path / "checkout"
+    target.mkdir()
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        elif source.exists():
+            shutil.copy(source, target / name)
+    return target
+
+
+def python(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, check=False
+    )
+
+
+def build_wheel(checkout: Path, **env: str) -> Path:
+    command = ["-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", "dist", "."]
+    built = python(*command, cwd=checkout, **env)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = (checkout / "dist").glob("*.whl")
+    return wheel
+
+
+@pytest.mark.slow
+def test_wheel_serves_every_python_and_holds_the_cpu_kernels(checkout: Path, tmp_path: Path) -> None:
+    wheel = build_wheel(checkout, GRADSTATS_CUDA="0")
+    assert "-cp310-abi3-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        assert "gradstats/_C.abi3.so" in names
+        assert "gradstats/_C_cuda.abi3.so" not in names
+        assert "gradstats/py.typed" in names
+        assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks"))]
+        archive.extractall(tmp_path / "site")
+    code = "import gradstats; backend = gradstats.backends()['cpu']; assert backend.available, backend"
+    run = python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"), GRADSTATS_BACKEND="")
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+def test_without_compiling_there_is_a_pure_wheel(checkout: Path) -> None:
+    assert build_wheel(checkout, GRADSTATS_BUILD_EXT="0").name.endswith("-py3-none-any.whl")
+
+
+@pytest.mark.slow
+def test_sdist_holds_all_sources(checkout: Path) -> None:
+    code = "import setuptools.build_meta as backend; backend.build_sdist('dist')"
+    built = python("-c", code, cwd=checkout, GRADSTATS_BUILD_EXT="0")
+    assert built.returncode == 0, built.stderr
+    (sdist,) = (checkout / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {
+        str(p.relative_to(checkout))
+        for p in (checkout / "csrc").rglob("*")
+        if p.suffix in {".h", ".cuh", ".cpp", ".cu"}
+    }
+    assert len(sources) >= 8
+    assert sources <= packed
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        pytest.param(
+            "1",
+            "is built without CUDA",
+            marks=pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA"),
+        ),
+        ("yes", "expected 0, 1 or unset"),
+    ],
+)
+def test_a_build_that_cannot_be_as_asked_says_why(checkout: Path, value: str, message: str) -> None:
+    failed = python("setup.py", "build_ext", cwd=checkout, GRADSTATS_CUDA=value)
+    assert failed.returncode != 0
+    assert message in failed.stderr
+
+
+def test_package_works_with_no_compiled_library(checkout: Path) -> None:
+    code = (
+        # An editable install would lend its own library.
+        "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in repr(f)]; "
+        "import torch, gradstats; cpu = gradstats.backends()['cpu']; assert not cpu.available, cpu; "
+        "assert torch.equal(gradstats.ops.gram([torch.ones(3)], 1), torch.tensor([[3.0]]).double())"
+    )
+    run = python("-c", code, cwd=checkout, PYTHONPATH=str(checkout), GRADSTATS_BACKEND="")
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(("value", "available"), [("reference", False), ("cpu", True)])
+def test_a_backend_can_be_forced(value: str, available: bool) -> None:
+    code = "import gradstats; print(gradstats.backends()['cpu'].available)"
+    run = python("-c", code, cwd=ROOT, GRADSTATS_BACKEND=value)
+    if value == "cpu" and "not loaded" in run.stderr:
+        pytest.skip("gradstats._C is not compiled")
+    assert run.stdout.strip() == str(available), run.stderr
+
+
+def test_an_unknown_backend_is_an_error() -> None:
+    run = python("-c", "import gradstats", cwd=ROOT, GRADSTATS_BACKEND="fpga")
+    assert "GRADSTATS_BACKEND is 'fpga'" in run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cuda_kernels_compile_without_warnings_or_spills() -> None:
+    check = subprocess.run(
+        [str(ROOT / "csrc" / "check_cuda.sh")],
+        env={**os.environ, "PYTHON": sys.executable, "CUDA_ARCHITECTURES": "90a"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert check.returncode == 0, check.stderr
