@@ -1,0 +1,61 @@
+# Everything runs in a virtual environment that is made and filled when it is first needed.
+#
+#   PYTHON     the interpreter that makes it, 3.11 or newer
+#   VENV       where it is
+#   PIP_ARGS   for pip; --extra-index-url https://download.pytorch.org/whl/cpu gets torch without CUDA on Linux
+#   DEMO_ARGS  for examples/digits.py, such as "--seeds 1 --epochs 2"; TEST_ARGS for pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean distclean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.with-demo  ## Train on overlaid digits; table and pictures in demo-results/ (some minutes)
+	$(BIN)/python examples/digits.py $(DEMO_ARGS)
+
+test: $(VENV)/.with-test  ## Run the tests
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/.with-dev  ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.with-demo  ## Time pairwise on this CPU against what else there is
+	$(BIN)/python benchmarks/pairwise_cpu.py
+
+clean:  ## Remove what was compiled, caches and notes of what is installed; keep the virtual environment and results
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -f gradstats/*.so $(VENV)/.with-*
+	find gradstats tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean  ## Remove the virtual environment too
+	rm -rf $(VENV)
+
+# ---- installation ----------------------------------------------------------------------------------------------------
+# The hidden files are notes of what is done, so that nothing is installed or compiled twice. The package is installed
+# in editable form: changes to Python files act at once, changes to csrc/ compile again.
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("PYTHON: expected 3.11 or newer, got " + sys.version if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and builds happen beside it (no isolation), so that the kernels are compiled against this torch.
+$(VENV)/.with-torch: constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) torch numpy ninja setuptools wheel
+	@touch $@
+
+$(VENV)/.with-demo $(VENV)/.with-test: $(VENV)/.with-%: $(VENV)/.with-torch $(SOURCES)
+	$(PIP_INSTALL) --no-build-isolation -e '.[$*]'
+	@touch $@
+
+$(VENV)/.with-dev: $(VENV)/.with-test
+	$(PIP_INSTALL) mypy ruff
+	@touch $@
