@@ -161,8 +161,10 @@ class Scalarizer(nn.Module):
 
     def _collect(self, listed: list[Tensor | None], weights: Tensor | None = None) -> GradStats | None:
         """This micro-step's Gramian, and with ``weights`` the weighted ``.grad``; None where it cannot be used."""
-        scale = 1.0 if self._grad_scaler is None else float(self._grad_scaler.get_scale())
-        scaled = [None if loss is None else loss * scale for loss in listed] if scale != 1.0 else listed
+        scale, scaled = 1.0, listed
+        if self._grad_scaler is not None:
+            scaled = [None if loss is None else self._grad_scaler.scale(loss) for loss in listed]
+            scale = self._grad_scaler.get_scale()
         reduce = None
         if _distributed():
             if not _same_on_all_ranks(signature(self.tasks, scaled, self._inputs[0]), _device(listed)):
@@ -250,7 +252,7 @@ def _weighted_sum(listed: list[Tensor | None], weights: Tensor) -> Tensor:
     losses = torch.stack([loss.reshape(()).to(dtype) for _, loss in given])
     if len(given) < len(listed):
         weights = weights[[t for t, _ in given]]
-    return losses @ weights.to(losses)
+    return (losses * weights.to(losses)).sum()  # not ``@``, which autocast would do in 16 bits
 
 
 def _device(listed: list[Tensor | None]) -> torch.device:
