@@ -9,13 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from gradstats.scalarizer import Scalarizer
 from gradstats.train import Trainer
+from gradstats.train.checkpoint import RandomState
 
 TASKS = ("sum", "difference", "sign")
 
@@ -181,6 +183,21 @@ def test_accumulated_batches_equal_one_large_batch():
         torch.testing.assert_close(small[name], large[name], rtol=1e-4, atol=1e-6)
 
 
+def test_tasks_may_be_missing():
+    def losses(model, batch):
+        out = compute_losses(model, batch)
+        if trainer.progress.step % 2:
+            del out["difference"]
+            out["sign"] = None
+        return out
+
+    trainer = make_trainer(compute_losses=losses, max_epochs=1, log_every=1, options={"record_every": 1})
+    history = trainer.fit(*loaders(16))
+    assert history.series("loss/sum")[0] == [1, 2]
+    assert history.series("loss/sign")[0] == history.series("loss/difference")[0] == [1]
+    assert history.epochs[0]["train/loss/sign"] == history.steps[0]["loss/sign"]
+
+
 def test_max_steps_cuts_the_last_epoch_short():
     trainer = make_trainer(max_steps=9, log_every=1)
     history = trainer.fit(*loaders(50))
@@ -282,7 +299,7 @@ def test_bfloat16_autocast_keeps_targets_and_collects():
     history = trainer.fit(*loaders(100))
     assert dtypes == {torch.float32, torch.bfloat16}  # autocast is on, and the targets were not rounded
     assert "gradient/mean_cosine" in history.steps[0]
-    _, values = history.series("train/loss/sum")
+    _, values = history.series("train/loss/difference")
     assert values[-1] < 0.5 * values[0]
 
 
@@ -329,8 +346,13 @@ def test_bad_arguments_of_fit():
         make_trainer(monitor="val/error").fit(train, val)
     with pytest.raises(ValueError, match="train_loader: expected at least 1 batches"):
         make_trainer().fit(DataLoader(data(3), 4, drop_last=True))
-    with pytest.raises(TypeError, match="compute_losses: expected a mapping"):
-        make_trainer(compute_losses=lambda model, batch: model(batch[0])["sum"].mean()).fit(train)
+    for losses, message in [
+        (lambda out: out["sum"].mean(), "expected a mapping from task to scalar loss, got Tensor"),
+        (lambda out: {"sum": out["sum"]}, r"expected a scalar tensor for task 'sum', got shape \(8,\)"),
+        (lambda _: {"sum": 1.0}, "expected a scalar tensor for task 'sum', got float"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            make_trainer(compute_losses=lambda model, batch, f=losses: f(model(batch[0]))).fit(train)
 
 
 def test_missing_extra_is_named():
@@ -377,6 +399,23 @@ def test_keyboard_interrupt_leaves_the_last_checkpoint(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(*loaders())
     assert make_trainer(tmp_path).fit(*loaders(), resume=True).series("lr")[0] == [7, 14]
+
+
+def test_random_state_covers_every_source():
+    def draw():
+        first = [next(iter(loader))[0][:1].sum().item() for loader in (direct, nested)]
+        return [*first, random.random(), np.random.rand(), torch.rand(()).item()]  # noqa: NPY002
+
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    direct = DataLoader(data(50), 8, shuffle=True, generator=generators[0])
+    sampler = BatchSampler(RandomSampler(data(50), generator=generators[1]), 8, drop_last=False)
+    nested = DataLoader(data(50), batch_sampler=sampler)
+    state = RandomState(torch.device("cpu"), (direct, nested, None))
+    before = state.get()
+    values = [draw() for _ in range(3)]
+    assert len({tuple(v) for v in values}) == 3
+    state.set(before)
+    assert [draw() for _ in range(3)] == values
 
 
 def test_resume_without_a_checkpoint_starts_afresh(tmp_path):
@@ -523,7 +562,7 @@ def test_two_processes_agree_and_resume(tmp_path):
         for name in own:
             del first[kind]["model"][name], second[kind]["model"][name]
         assert_same(first[kind], second[kind])
-    assert_same(first["straight"]["model"], first["resumed"]["model"])
+    assert_same(first["straight"], first["resumed"])
 
 
 if __name__ == "__main__":

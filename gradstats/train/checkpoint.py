@@ -36,9 +36,13 @@ class RandomState:
 
     def __init__(self, device: torch.device, loaders: Sequence[Any]) -> None:
         self._device = device
-        owners = [owner for loader in loaders for owner in (loader, getattr(loader, "sampler", None))]
+        owners = list(loaders)
+        for owner in owners:  # grows on the way: a loader has a batch sampler, which has a sampler
+            owners += [
+                part for name in ("batch_sampler", "sampler") if (part := getattr(owner, name, None)) is not None
+            ]
         found = [getattr(owner, "generator", None) for owner in owners]
-        self._generators = list({id(g): g for g in found if g is not None}.values())
+        self._generators = list({id(g): g for g in found if g is not None}.values())  # shared ones once
 
     def get(self) -> dict[str, Any]:
         """The states, in types that ``torch.load(weights_only=True)`` accepts."""

@@ -17,7 +17,7 @@ class History:
 
     Attributes:
         steps: One row for each recorded Gramian and each ``log_every``-th step: ``"step"`` (optimizer steps done,
-            this one included), ``"loss/<task>"``, ``"weight/<task>"`` (in force at this step) and, where a Gramian was
+            this one included), ``"loss/<task>"`` (of this process), ``"weight/<task>"`` and, where a Gramian was
             recorded, ``"gradient/<metric>"`` for every metric of :meth:`gradstats.GradStats.to_dict`.
         epochs: One row for each epoch: ``"step"``, ``"epoch"`` (epochs done), ``"lr"``, ``"train/loss/<task>"`` and,
             with a validation loader, ``"val/loss/<task>"`` and ``"val/<metric>"``.

@@ -64,8 +64,15 @@ class Trainer:
     ``last.ckpt`` is written after every epoch and every ``checkpoint_every`` steps, ``best.ckpt`` after an epoch that
     improved ``monitor``; both atomically, so a run killed at any time, or stopped by an exception or Ctrl-C, resumes
     from the last one and continues bit for bit: a run resumed in mid-epoch loads the batches that were done once more
-    and drops them. (Not covered: random augmentation in ``persistent_workers``, whose states are theirs.)
+    and drops them. (Not covered: generators of your own outside the loaders, and ``persistent_workers``' own states.)
     ``torch.load(path)["model"]`` is the state of the plain model.
+
+    Example::
+
+        scalarizer = gradstats.Scalarizer("autoscale", tasks=["seg", "depth"], total_steps=20 * len(train_loader))
+        trainer = Trainer(model, compute_losses, optimizer, scalarizer, max_epochs=20, directory="run", seed=0)
+        history = trainer.fit(train_loader, val_loader, resume=True)
+        plt.plot(*history.series("weight/depth"))
 
     Args:
         model: The model; moved to the device.
@@ -309,7 +316,8 @@ class Trainer:
                 losses.add(task, value, samples)
             if self._compute_metrics is not None:
                 for name, result in self._forward(self._compute_metrics, batch).items():
-                    metrics.add(name, float(result.double().mean()), len(result) if result.ndim else samples)
+                    values = torch.as_tensor(result, dtype=torch.float64, device="cpu")
+                    metrics.add(name, float(values.mean()), len(values) if values.ndim else samples)
         return {
             **_prefixed("val/loss", losses.over_ranks(self.fabric).values()),
             **_prefixed("val", metrics.over_ranks(self.fabric).values()),
@@ -450,11 +458,18 @@ def _grouped(loader: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
-def _values(losses: Mapping[str, Tensor]) -> dict[str, float]:
-    """The losses as floats, in one transfer from the device."""
+def _values(losses: Mapping[str, Tensor | None]) -> dict[str, float]:
+    """The losses of the tasks that have one, as floats, in one transfer from the device."""
     if not isinstance(losses, Mapping):
         raise TypeError(f"compute_losses: expected a mapping from task to scalar loss, got {type(losses).__name__}")
-    return dict(zip(losses, torch.stack([loss.detach().reshape(()) for loss in losses.values()]).tolist(), strict=True))
+    given = {task: loss for task, loss in losses.items() if loss is not None}
+    for task, loss in given.items():
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"compute_losses: expected a scalar tensor for task {task!r}, got {got}")
+    if not given:
+        return {}
+    return dict(zip(given, torch.stack([loss.detach().reshape(()) for loss in given.values()]).tolist(), strict=True))
 
 
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
