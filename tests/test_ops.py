@@ -67,7 +67,7 @@ def test_compiled_library_is_there_where_it_must_be() -> None:
         assert COMPILED, gradstats.backends()["cpu"].detail
 
 
-# ---- any shapes, layouts, dtypes ------------------------------------------------------------------------------------
+# ---- any shapes, layouts, dtypes ---------------------------------------------------------------------------
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def test_nothing_but_missing_gradients(kernel: Kernel) -> None:
     assert torch.equal(kernel([torch.empty(0)] * 6, 3), torch.zeros(3, 3, dtype=torch.float64))
 
 
-# ---- numerics contract -------------------------------------------------------------------------------------------------
+# ---- numerics contract -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -269,7 +269,7 @@ def test_tasks_of_very_different_scale(kernel: Kernel) -> None:
     assert error(kernel(flat(rows), 5), oracle(rows)) < 1e-12
 
 
-# ---- non-finite entries --------------------------------------------------------------------------------------------------
+# ---- non-finite entries ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -291,7 +291,7 @@ def test_a_broken_task_shows_in_its_row_and_column_alone(
     assert error(gram[kept][:, kept], expected[np.ix_(kept, kept)]) < 1e-13
 
 
-# ---- exactness ------------------------------------------------------------------------------------------------------------
+# ---- exactness ---------------------------------------------------------------------------------------------
 
 
 @needs_compiled
@@ -359,7 +359,7 @@ def test_lesser_instruction_sets(isa: str) -> None:
     assert run.returncode == 0, run.stderr
 
 
-# ---- the dispatcher and its checks -----------------------------------------------------------------------------------------
+# ---- the dispatcher and its checks -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stacked", [False, True])
