@@ -49,6 +49,7 @@ class Scalarizer(nn.Module):
         tasks: Names of the tasks.
         weighting: The policy.
         stats: The last recorded :class:`GradStats`; None before the first.
+        grad_scaler: As given; may be set later by who owns the scaler.
 
     Raises:
         ValueError: If an argument is out of its range or a name unknown.
@@ -76,7 +77,7 @@ class Scalarizer(nn.Module):
         self.record_every, self.accumulate, self.method = record_every, accumulate, method
         self.stats: GradStats | None = None
         self._inputs = (inputs,)  # in a tuple, so that a module given as inputs does not become a submodule
-        self._grad_scaler = grad_scaler
+        self.grad_scaler = grad_scaler
         self._step = 0
         self._monitored = -1  # multiples of record_every that are done with
         self._micro_losses: list[Tensor] = []
@@ -130,7 +131,7 @@ class Scalarizer(nn.Module):
         """
         if not (self.training and self.wants_stats()) or _distributed():
             total: Tensor = self(losses)
-            torch.autograd.backward(total if self._grad_scaler is None else self._grad_scaler.scale(total))
+            torch.autograd.backward(total if self.grad_scaler is None else self.grad_scaler.scale(total))
             return total.detach()
         listed = self._listed(losses)
         weights = self.weights
@@ -162,9 +163,9 @@ class Scalarizer(nn.Module):
     def _collect(self, listed: list[Tensor | None], weights: Tensor | None = None) -> GradStats | None:
         """This micro-step's Gramian, and with ``weights`` the weighted ``.grad``; None where it cannot be used."""
         scale, scaled = 1.0, listed
-        if self._grad_scaler is not None:
-            scaled = [None if loss is None else self._grad_scaler.scale(loss) for loss in listed]
-            scale = self._grad_scaler.get_scale()
+        if self.grad_scaler is not None:
+            scaled = [None if loss is None else self.grad_scaler.scale(loss) for loss in listed]
+            scale = self.grad_scaler.get_scale()
         reduce = None
         if _distributed():
             if not _same_on_all_ranks(signature(self.tasks, scaled, self._inputs[0]), _device(listed)):

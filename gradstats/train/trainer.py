@@ -175,6 +175,8 @@ class Trainer:
             loggers=loggers,
         )
         self.fabric.launch()
+        # Recorded float16 gradients have to be scaled like those of the backward.
+        scalarizer.grad_scaler = self._grad_scaler or scalarizer.grad_scaler
         self._whole, self._optimizer = self.fabric.setup(_Whole(model), optimizer)
         self.fabric.to_device(scalarizer)
 
@@ -277,9 +279,8 @@ class Trainer:
                 self.fabric.backward(loss / len(batches))
         if self._clip_norm is not None:
             # A gradient scaler skips a step that overflowed; without one a non-finite gradient is an error.
-            scaler = getattr(self.fabric.strategy.precision, "scaler", None)
             self.fabric.clip_gradients(
-                self._whole, self._optimizer, max_norm=self._clip_norm, error_if_nonfinite=scaler is None
+                self._whole, self._optimizer, max_norm=self._clip_norm, error_if_nonfinite=self._grad_scaler is None
             )
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -289,6 +290,11 @@ class Trainer:
         if self.scheduler is not None and self._scheduler_interval == "step":
             self.scheduler.step()
         return means.values()
+
+    @property
+    def _grad_scaler(self) -> Any:
+        """The scaler of float16 mixed precision, which Fabric owns; None otherwise."""
+        return getattr(self.fabric.strategy.precision, "scaler", None)
 
     def _forward(self, function: Callable[[Any, Any], Mapping[str, Tensor]], batch: Any) -> Mapping[str, Tensor]:
         # The batch goes in a closure: given as an argument, Fabric would round it, targets and all, to half precision.
