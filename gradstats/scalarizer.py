@@ -14,6 +14,7 @@ from gradstats.collect import collect, signature
 from gradstats.pairwise import check_names
 from gradstats.stats import GradStats
 from gradstats.weighting import Weighting, create
+from gradstats.weighting.base import packed, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -211,19 +212,20 @@ class Scalarizer(nn.Module):
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def get_extra_state(self) -> Tensor:
         """Step counters for ``state_dict``, to be saved between steps; the weighting adds its own state."""
-        return {"tasks": list(self.tasks), "step": self._step, "monitored": self._monitored}
+        return packed({"tasks": list(self.tasks), "step": self._step, "monitored": self._monitored})
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Restore what :meth:`get_extra_state` returned.
 
         Raises:
             ValueError: If the state belongs to other tasks.
         """
-        if tuple(state["tasks"]) != self.tasks:
-            raise ValueError(f"state: expected tasks {list(self.tasks)}, got {list(state['tasks'])}")
-        self._step, self._monitored = state["step"], state["monitored"]
+        values = unpacked(state)
+        if tuple(values["tasks"]) != self.tasks:
+            raise ValueError(f"state: expected tasks {list(self.tasks)}, got {list(values['tasks'])}")
+        self._step, self._monitored = values["step"], values["monitored"]
         self._micro_losses, self._micro_stats = [], []
 
 

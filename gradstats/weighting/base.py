@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -59,17 +60,33 @@ class Weighting(nn.Module, ABC):
             Float64 tensor ``[T]`` on the device of ``losses``.
         """
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def get_extra_state(self) -> Tensor:
         """The attributes named in ``STATE``, for ``state_dict``."""
-        return {name: getattr(self, name) for name in self.STATE}
+        return packed({name: getattr(self, name) for name in self.STATE})
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`get_extra_state` returned.
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what :meth:`get_extra_state` returned; tensors come back on the CPU.
 
         Raises:
             ValueError: If the state is not that of this kind of weighting.
         """
-        if set(state) != set(self.STATE):
-            raise ValueError(f"state: expected {sorted(self.STATE)} for {type(self).__name__}, got {sorted(state)}")
-        for name, value in state.items():
+        values = unpacked(state)
+        if set(values) != set(self.STATE):
+            raise ValueError(f"state: expected {sorted(self.STATE)} for {type(self).__name__}, got {sorted(values)}")
+        for name, value in values.items():
             setattr(self, name, value)
+
+
+def packed(state: dict[str, Any]) -> Tensor:
+    """``state`` as a uint8 tensor: safetensors, in which Hugging Face's Trainer saves, takes tensors alone."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def unpacked(state: Tensor) -> dict[str, Any]:
+    """The dictionary given to :func:`packed`, with its tensors on the CPU."""
+    content: dict[str, Any] = torch.load(
+        io.BytesIO(state.cpu().numpy().tobytes()), map_location="cpu", weights_only=True
+    )
+    return content
