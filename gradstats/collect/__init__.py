@@ -35,7 +35,9 @@ def from_losses(
     """The Gramian of the gradients of several losses, computed during one backward.
 
     Every gradient is folded into the Gramian as it appears and freed at once. ``.grad``, buffers, random-number state
-    and hooks stay as they were, and so does the graph with ``retain_graph``. Models need no change.
+    and hooks stay as they were, and so does the graph with ``retain_graph``. Models need no change. The one exception
+    is an activation whose gradient is retained: torch writes it in every backward, so call ``retain_grad`` after
+    collecting.
 
     Args:
         losses: A mapping from task name to loss, a sequence of losses, or a tensor ``[T]``. A loss is one number. A

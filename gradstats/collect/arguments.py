@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,12 +14,12 @@ from gradstats.collect.graph import Graph
 from gradstats.pairwise import check_names
 
 Losses: TypeAlias = Mapping[str, Tensor | None] | Sequence[Tensor | None] | Tensor
-Inputs: TypeAlias = Tensor | Sequence[Tensor] | Sequence[tuple[str, Tensor]] | Mapping[str, Tensor] | nn.Module | None
+Inputs: TypeAlias = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | nn.Module | None
 GroupBy: TypeAlias = str | Callable[[str], str]
 Metric: TypeAlias = Mapping[str, Tensor] | Sequence[Tensor]
 Weights: TypeAlias = Tensor | Sequence[float] | Mapping[str, float | Tensor]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ def normal_inputs(inputs: Inputs, graph: Graph) -> Named:
         names, tensors = list(inputs), list(inputs.values())
     elif isinstance(inputs, Tensor):
         tensors = [inputs]
+    elif not isinstance(inputs, Iterable) or isinstance(inputs, str):
+        raise TypeError(f"inputs: expected tensors, pairs, a mapping or a module, got {type(inputs).__name__}")
     else:
         tensors = list(inputs)
         if tensors and all(isinstance(item, tuple) and len(item) == 2 for item in tensors):
@@ -155,7 +157,7 @@ def _check_input_names(names: Sequence[object]) -> None:
 def _check_input(tensor: object, argument: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{argument}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         raise TypeError(f"{argument}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
     if not tensor.requires_grad:
         raise ValueError(f"{argument}: expected a tensor that requires grad, got one that does not")
@@ -210,7 +212,7 @@ def metric_operand(metric: Metric | None, inputs: Named) -> list[Tensor]:
     else:
         raise TypeError(f"metric: expected a mapping or a sequence of tensors, got {type(metric).__name__}")
     for k, (entry, tensor) in enumerate(zip(diagonal, inputs.tensors, strict=True)):
-        if not isinstance(entry, Tensor) or entry.dtype not in _DTYPES:
+        if not isinstance(entry, Tensor) or entry.dtype not in DTYPES:
             got = entry.dtype if isinstance(entry, Tensor) else type(entry).__name__
             raise TypeError(f"metric[{k}]: expected a floating-point tensor, got {got}")
         if entry.shape != tensor.shape:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -113,8 +114,11 @@ class _Batched:
                 self._take_weighted(targets, grads)
             return row
 
-        # "same": what a backward draws at random (a recomputed dropout mask, say) is one draw for all tasks.
-        torch.vmap(pull, randomness="same")(torch.eye(self._num_tasks, device=losses[0].device))
+        with warnings.catch_warnings():
+            # Operators without a batching rule run task by task: no reason to alarm the user of a model.
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            # "same": what a backward draws at random (a recomputed dropout mask, say) is one draw for all tasks.
+            torch.vmap(pull, randomness="same")(torch.eye(self._num_tasks, device=losses[0].device))
         if self._weights is not None:
             # Through the leaves' own accumulation, so that what hooks it (DDP, fused optimizers) fires, and once.
             leaves = [self._graph.leaves[node] for node in self._weighted]
@@ -164,7 +168,7 @@ class _Batched:
                 handle = tensor.register_hook(self._input_hook(k, node))  # type: ignore[no-untyped-call]
                 hooks.callback(handle.remove)
 
-    def _input_hook(self, k: int, node: Node) -> Callable[[Tensor], Tensor | None]:
+    def _input_hook(self, k: int, node: Node) -> Callable[[Tensor | None], Tensor | None]:
         weighted_leaf = self._weights is not None and node in self._graph.leaves
         goes_on = self._goes_on_below(node)
 
@@ -180,7 +184,9 @@ class _Batched:
             # Zeros without memory: whoever holds the gradient from here on must not hold the block.
             return block.new_zeros(()).expand(block.shape[1:]), None
 
-        def hook(grad: Tensor) -> Tensor | None:
+        def hook(grad: Tensor | None) -> Tensor | None:
+            if grad is None:  # a custom backward may return nothing for an input
+                return None
             if self._region(node) is _Region.ONE_TASK:
                 fold_row(grad)
                 folded = grad.new_zeros(()).expand(grad.shape)

@@ -195,3 +195,5 @@ def _check_method(method: str, store_dtype: torch.dtype | None) -> None:
         raise ValueError(f"method: expected one of {', '.join(map(repr, _METHODS))}, got {method!r}")
     if store_dtype is not None and method != "sequential":
         raise ValueError(f"store_dtype: needs method='sequential', which alone stores gradients, got method={method!r}")
+    if store_dtype is not None and store_dtype not in args.DTYPES:
+        raise ValueError(f"store_dtype: expected float32, bfloat16, float16 or float64, got {store_dtype}")
