@@ -402,7 +402,8 @@ def _figure(
     """A figure in our style with its panels row by row; sizes in inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=_DPI)
+    figure.set_layout_engine("constrained", w_pad=0.1)  # inches; keeps tick labels of neighbours apart
     panels = figure.subplots(rows, columns, sharey=share_y, squeeze=False, width_ratios=ratios)
     return figure, list(panels.flat)
 
