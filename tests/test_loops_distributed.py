@@ -1,0 +1,305 @@
+"""``loss = scalarizer(losses)`` under DistributedDataParallel: two processes on gloo, started once for all tests."""
+
+import contextlib
+import logging
+import os
+import runpy
+import socket
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gradstats
+import gradstats.scalarizer
+
+WORLD = 2
+TASKS = ("a", "b", "c")
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TIMEOUT = 120  # seconds for all that the processes do
+STEPS = 30
+
+
+class Model(nn.Module):
+    """An encoder without BatchNorm, so that two halves of a batch compute what the whole does, and a head a task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh())
+        self.heads = nn.ModuleDict({name: nn.Linear(8, 1) for name in TASKS})
+
+    def forward(self, x: Tensor, tasks: tuple[str, ...] = TASKS) -> dict[str, Tensor]:
+        features = self.encoder(x)
+        return {name: self.heads[name](features) for name in tasks}
+
+
+def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(8, 6, generator=generator), torch.randn(8, 1, generator=generator)
+
+
+def both_batches(step: int) -> tuple[Tensor, Tensor]:
+    x, y = zip(*(batch(rank, step) for rank in range(WORLD)), strict=True)
+    return torch.cat(x), torch.cat(y)
+
+
+def losses_of(outputs: dict[str, Tensor], y: Tensor) -> dict[str, Tensor]:
+    return {name: 10.0 ** TASKS.index(name) * (out - y).square().mean() for name, out in outputs.items()}
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    return Model()
+
+
+def grads_of(model: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in model.parameters()]
+
+
+# ---- what each process does; results go to the tests through files ------------------------------------------------
+
+
+@contextlib.contextmanager
+def logged_messages() -> Iterator[list[str]]:
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("gradstats")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+
+
+def autoscale(rank: int) -> dict:
+    """A whole training in both phases, with different data on each rank."""
+    model = DistributedDataParallel(build())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scalarizer = gradstats.Scalarizer("autoscale", tasks=TASKS, total_steps=STEPS, explore=0.7, samples_per_window=4)
+    recorded = []
+    for step in range(STEPS):
+        before = scalarizer.stats
+        x, y = batch(rank, step)
+        scalarizer(losses_of(model(x), y)).backward()
+        if scalarizer.stats is not before:
+            recorded.append(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {
+        "recorded": recorded,
+        "weights": scalarizer.weights,
+        "windows": scalarizer.weighting.window_weights,
+        "parameters": [p.detach() for p in model.parameters()],
+    }
+
+
+def first_step(rank: int, method: str) -> dict:
+    """Statistics and gradients of one step, and the gradients that DDP alone gives."""
+    x, y = batch(rank, 0)
+    plain = DistributedDataParallel(build())
+    sum(losses_of(plain(x), y).values()).backward()
+    model = DistributedDataParallel(build())
+    scalarizer = gradstats.Scalarizer("uniform", tasks=TASKS, record_every=1, method=method)
+    scalarizer(losses_of(model(x), y)).backward()
+    fused = DistributedDataParallel(build())
+    scalarizer_of_fused = gradstats.Scalarizer("uniform", tasks=TASKS, record_every=1, method=method)
+    scalarizer_of_fused.backward(losses_of(fused(x), y))
+    return {
+        "gram": scalarizer.stats.gram,
+        "method": scalarizer.stats.method,
+        "gram_of_fused": scalarizer_of_fused.stats.gram,
+        "grads": grads_of(model),
+        "grads_of_fused": grads_of(fused),
+        "grads_of_ddp": grads_of(plain),
+    }
+
+
+def missing_task(rank: int) -> dict:
+    """Task "b" has no loss on rank 1 at steps 0 and 3, "a" none on any rank at steps 5 and 6."""
+    model = DistributedDataParallel(build(), find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scalarizer = gradstats.Scalarizer("slaw", tasks=TASKS, record_every=3)
+    recorded, weights = [], []
+    with logged_messages() as messages:
+        for step in range(8):
+            x, y = batch(rank, step)
+            tasks = ("a", "c") if rank == 1 and step in (0, 3) else ("b", "c") if step in (5, 6) else TASKS
+            before = scalarizer.stats
+            scalarizer(losses_of(model(x, tasks), y)).backward()
+            if scalarizer.stats is not before:
+                recorded.append((step, scalarizer.stats.present.tolist()))
+            weights.append(scalarizer.weights)
+            optimizer.step()
+            optimizer.zero_grad()
+    return {
+        "recorded": recorded,
+        "messages": messages,
+        "weights": weights,
+        "parameters": [p.detach() for p in model.parameters()],
+    }
+
+
+def not_finite_on_one_rank(rank: int) -> dict:
+    """Task "c" is infinite on rank 1 alone at step 0."""
+    model = DistributedDataParallel(build())
+    scalarizer = gradstats.Scalarizer("uniform", tasks=TASKS, record_every=10)
+    recorded = []
+    with logged_messages() as messages:
+        for step in range(3):
+            x, y = batch(rank, step)
+            losses = losses_of(model(x), y)
+            losses["c"] = losses["c"] * (torch.inf if rank == 1 and step == 0 else 1.0)
+            before = scalarizer.stats
+            scalarizer(losses).backward()
+            if scalarizer.stats is not before:
+                recorded.append(step)
+    return {"recorded": recorded, "messages": messages}
+
+
+def accumulation(rank: int) -> dict:
+    """Two micro-steps a step, the first of them without DDP's communication."""
+    model = DistributedDataParallel(build())
+    scalarizer = gradstats.Scalarizer("uniform", tasks=TASKS, record_every=1, accumulate=2)
+    x, y = batch(rank, 0)
+    with model.no_sync():
+        (scalarizer(losses_of(model(x), y)) / 2).backward()
+    x, y = batch(rank, 1)
+    (scalarizer(losses_of(model(x), y)) / 2).backward()
+    return {"gram": scalarizer.stats.gram, "grads": grads_of(model)}
+
+
+def worker(rank: int, folder: str, ports: tuple[int, int]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[0]))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT / 2))
+    results = {
+        "autoscale": autoscale(rank),
+        "batched": first_step(rank, "batched"),
+        "sequential": first_step(rank, "sequential"),
+        "missing": missing_task(rank),
+        "not_finite": not_finite_on_one_rank(rank),
+        "accumulation": accumulation(rank),
+    }
+    dist.destroy_process_group()
+    os.environ["MASTER_PORT"] = str(ports[1])
+    results["example"] = runpy.run_path(str(EXAMPLES / "ddp.py"))["main"]()
+    torch.save(results, Path(folder) / f"{rank}.pt")
+
+
+# ---- the tests ----------------------------------------------------------------------------------------------------
+
+
+def free_ports(count: int) -> tuple[int, ...]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = tuple(s.getsockname()[1] for s in sockets)
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What each rank has found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context = torch.multiprocessing.spawn(worker, (str(folder), free_ports(2)), WORLD, join=False)
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while not context.join(timeout=1.0):
+            if time.monotonic() > deadline:
+                pytest.fail(f"the processes did not end within {TIMEOUT} s")
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def single_process(step: int = 0) -> tuple[Tensor, list[Tensor]]:
+    """The float64 Gramian and the summed gradients on the batches of both ranks together."""
+    model = build()
+    x, y = both_batches(step)
+    losses = losses_of(model(x), y)
+    rows = [torch.autograd.grad(loss, list(model.encoder.parameters()), retain_graph=True) for loss in losses.values()]
+    jacobian = torch.stack([torch.cat([g.double().flatten() for g in row]) for row in rows])
+    sum(losses.values()).backward()
+    return jacobian @ jacobian.T, grads_of(model)
+
+
+def assert_gram(found: Tensor, expected: Tensor) -> None:
+    norms = expected.diagonal().sqrt()
+    assert ((found - expected).abs() <= 1e-6 * norms[:, None] * norms[None, :]).all(), f"{found}\n{expected}"
+
+
+def test_autoscale_is_the_same_on_both_ranks(results: list[dict]) -> None:
+    first, second = (r["autoscale"] for r in results)
+    assert first["recorded"] == second["recorded"]
+    assert len(first["recorded"]) == 8
+    assert max(first["recorded"]) < 21  # phase 2 records nothing
+    assert len(first["windows"]) == 2
+    assert torch.equal(first["windows"], second["windows"])
+    assert torch.equal(first["weights"], second["weights"])
+    assert first["weights"][0] > 10 * first["weights"][2]
+    assert all(torch.equal(p, q) for p, q in zip(first["parameters"], second["parameters"], strict=True))
+    assert not any(torch.equal(p, q) for p, q in zip(first["parameters"], build().parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["batched", "sequential"])
+def test_gramian_is_that_of_the_averaged_gradients(results: list[dict], method: str) -> None:
+    expected, _ = single_process()
+    for result in (r[method] for r in results):
+        assert result["method"] == method
+        assert_gram(result["gram"], expected)
+        assert_gram(result["gram_of_fused"], expected)
+    assert torch.equal(results[0][method]["gram"], results[1][method]["gram"])
+
+
+@pytest.mark.parametrize("method", ["batched", "sequential"])
+def test_gradient_averaging_of_ddp_is_intact(results: list[dict], method: str) -> None:
+    _, expected = single_process()
+    for result in (r[method] for r in results):
+        for found, fused, plain, single in zip(
+            result["grads"], result["grads_of_fused"], result["grads_of_ddp"], expected, strict=True
+        ):
+            assert torch.equal(found, plain)
+            assert torch.equal(fused, plain)
+            torch.testing.assert_close(found, single, rtol=1e-5, atol=1e-5)
+
+
+def test_task_that_one_rank_misses_is_recorded_later(results: list[dict]) -> None:
+    first, second = (r["missing"] for r in results)
+    # Due at 0, 3 and 6; at 0 and 3 the ranks differ. At 6 no rank has "a", and that is recorded.
+    assert first["recorded"] == [(1, [True] * 3), (4, [True] * 3), (6, [False, True, True])]
+    assert second["recorded"] == first["recorded"]
+    for result in (first, second):
+        assert [message.split(":")[0] for message in result["messages"]] == ["step 0", "step 3"]
+        assert all("graphs differ" in message for message in result["messages"])
+    assert all(torch.equal(p, q) for p, q in zip(first["parameters"], second["parameters"], strict=True))
+    assert all(torch.equal(w, v) for w, v in zip(first["weights"], second["weights"], strict=True))
+    assert not torch.equal(first["weights"][2], first["weights"][-1])
+
+
+def test_infinite_gradient_on_one_rank_is_discarded_on_both(results: list[dict]) -> None:
+    for result in (r["not_finite"] for r in results):
+        assert result["recorded"] == [1]
+        assert len(result["messages"]) == 1
+        assert "step 0: the gradient of c is" in result["messages"][0]
+
+
+def test_gradient_accumulation_without_communication(results: list[dict]) -> None:
+    (gram_0, grads_0), (gram_1, grads_1) = single_process(0), single_process(1)
+    for result in (r["accumulation"] for r in results):
+        assert_gram(result["gram"], (gram_0 + gram_1) / 2)
+        for found, g, h in zip(result["grads"], grads_0, grads_1, strict=True):
+            torch.testing.assert_close(found, (g + h) / 2, rtol=1e-5, atol=1e-5)
+
+
+def test_example(results: list[dict]) -> None:
+    first, second = (r["example"] for r in results)
+    assert first == second
+    assert first["metres"] > 100 * first["millimetres"]
