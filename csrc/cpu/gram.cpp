@@ -8,55 +8,81 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "../gram_args.h"
 
 namespace gradstats {
 namespace {
 
-// Entries that keep two rows of a chunk out of the same cache sets.
-constexpr int64_t kRowPadding = 8;
 // Entries of each row that are converted and multiplied at a time.
 constexpr int64_t kChunk = 128;
-// Entries of all rows together that are on their way from memory while others are converted.
+// Distance of two rows in the scratch block: a line more, so that they do not meet in the same cache sets.
+constexpr int64_t kStride = kChunk + 8;
+// Entries of all rows together that are on their way from memory while others are multiplied.
 constexpr int64_t kPrefetchEntries = 1024;
 
 struct Problem {
   std::vector<Walk> walks;
-  std::vector<int64_t> starts;  // of each parameter in the concatenation of all, and the end
   int64_t num_tasks;
   bool has_metric;
+  std::vector<int64_t> starts = {0};  // of each parameter in the concatenation of all, and the end
+  std::vector<bool> is_run = {};      // whether a parameter can be read without conversion beforehand
 
   int64_t parameter_at(int64_t entry) const {
     return std::upper_bound(starts.begin(), starts.end(), entry) - starts.begin() - 1;
   }
 };
 
+// Whether every task has this parameter's gradient, and as one contiguous run.
+bool is_run(const Walk& walk, int64_t num_tasks) {
+  if (walk.num_loops() != 1) return false;
+  for (int64_t t = 0; t < num_tasks; ++t)
+    if (walk.data[t] == nullptr || walk.strides[t] != 1) return false;
+  return true;
+}
+
 struct Free {
   void operator()(double* p) const { std::free(p); }
 };
+using Buffer = std::unique_ptr<double, Free>;
 
-std::unique_ptr<double, Free> allocate(int64_t count) {
+Buffer allocate(int64_t count) {
   const size_t bytes = (count * sizeof(double) + 63) / 64 * 64;
   auto* p = static_cast<double*>(std::aligned_alloc(64, bytes));
   STD_TORCH_CHECK(p != nullptr, "gradstats::gram: out of memory");
-  return std::unique_ptr<double, Free>(p);
+  return Buffer(p);
 }
 
 // ---- one source, several instruction sets ---------------------------------------------------------------------------
 
+template <class T, int N>
+using Vector [[gnu::vector_size(N * sizeof(T))]] = T;
+
 namespace portable {
 constexpr int kLanes = 2, kTile = 3;
+inline Vector<double, 2> widen(Vector<float, 2> v) { return __builtin_convertvector(v, Vector<double, 2>); }
+inline Vector<uint32_t, 2> widen(Vector<uint16_t, 2> v) { return __builtin_convertvector(v, Vector<uint32_t, 2>); }
 #include "gram_kernel.h"
 }  // namespace portable
 
 using SlotFn = void (*)(const Problem&, int64_t, int64_t, double*);
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// GCC 12 splits __builtin_convertvector into halves here, hence the intrinsics.
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
 constexpr int kLanes = 4, kTile = 3;
+inline Vector<double, 4> widen(Vector<float, 4> v) { return _mm256_cvtps_pd(v); }
+inline Vector<uint32_t, 4> widen(Vector<uint16_t, 4> v) {
+  return (Vector<uint32_t, 4>)_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&v)));
+}
 #include "gram_kernel.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -65,6 +91,10 @@ constexpr int kLanes = 4, kTile = 3;
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
 namespace avx512 {
 constexpr int kLanes = 8, kTile = 4;
+inline Vector<double, 8> widen(Vector<float, 8> v) { return _mm512_maskz_cvtps_pd(0xff, v); }
+inline Vector<uint32_t, 8> widen(Vector<uint16_t, 8> v) {
+  return (Vector<uint32_t, 8>)_mm256_cvtepu16_epi32((__m128i)v);
+}
 #include "gram_kernel.h"
 }  // namespace avx512
 #pragma GCC pop_options
@@ -95,12 +125,15 @@ int64_t num_slots(int64_t entries, int64_t num_tasks) {
 
 Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> metric, bool stacked) {
   static const SlotFn slot_fn = choose_slot_fn();
-  Problem problem{read_arguments(grads, num_tasks, metric, stacked), {0}, num_tasks, !metric.empty()};
-  for (const Walk& walk : problem.walks) problem.starts.push_back(problem.starts.back() + walk.numel);
+  Problem problem{read_arguments(grads, num_tasks, metric, stacked), num_tasks, !metric.empty()};
+  for (const Walk& walk : problem.walks) {
+    problem.starts.push_back(problem.starts.back() + walk.numel);
+    problem.is_run.push_back(metric.empty() && is_run(walk, num_tasks));
+  }
 
   const int64_t entries = problem.starts.back();
   const int64_t slots = num_slots(entries, num_tasks), num_pairs = num_tasks * (num_tasks + 1) / 2;
-  const int64_t slot_entries = (entries + slots - 1) / slots;
+  const int64_t slot_entries = (entries + slots * kChunk - 1) / (slots * kChunk) * kChunk;
   std::vector<double> sums(slots * num_pairs);
   torch::stable::parallel_for(0, slots, 1, [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s)
