@@ -408,7 +408,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = run_all(options)
     minutes = (time.perf_counter() - start) / 60
     write_results(results, options, minutes)
-    print(f"\nOverlaid digits, {options.evaluate_on} pairs, {options.seeds} seeds, {minutes:.1f} minutes.\n")
+    print(f"\nOverlaid digits, {options.evaluate_on} pairs; seeds: {options.seeds}; {minutes:.1f} minutes.\n")
     print(results_table(results, markdown=False))
     print(NOTES)
     print("\n".join(verdicts(results)))
