@@ -21,9 +21,11 @@ _library.define(SCHEMA)
 _library.impl("gram", reference.gram, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("gradstats::gram", lib=_library)
 def _gram_fake(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stacked: bool) -> Tensor:
     return grads[0].new_empty((num_tasks, num_tasks), dtype=torch.float64)
+
+
+torch.library.register_fake("gradstats::gram", _gram_fake, lib=_library)
 
 
 def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor] = (), stacked: bool = False) -> Tensor:
