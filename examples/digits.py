@@ -10,9 +10,9 @@ for all; the learning rate is the one of 1e-3, 3e-3, 1e-2 that was best for the 
 (``--lr 1e-3 --evaluate-on valid`` repeats that). The model after the last step is evaluated, so nothing else is chosen
 by any result.
 
-These runs are timed, interleaved within each seed in an order that rotates from seed to seed, and carry no monitor.
-The pictures of weights and gradients come from one more run of each method with the first seed, which records the
-gradients all along; recording changes no gradient, and its time is reported nowhere.
+The runs with the first seed record their gradients all along, for the pictures. Recording changes no gradient, but it
+takes time, so times come from a pass of their own: one more training of each method, without recording, in which the
+methods take their steps in turn, so that whatever else the machine does slows all of them alike.
 
     python examples/digits.py --help
 """
@@ -56,8 +56,8 @@ DROP = "Δm (%), lower is better"
 NOTES = """
 All numbers are those of the model after the last step: none is chosen by its results.
 ±: 95 % t-interval of the mean over seeds. Δm: mean relative drop against the single-task networks of the same seed.
-CPU time: that of the training (other programs on the machine do not count) relative to unitary in the same run, median
-over seeds, nothing monitored. weights: those in force at the end, mean over seeds, scaled to sum 3.
+CPU time: that of all optimizer steps relative to unitary, with the methods' steps interleaved and nothing recorded but
+what the method needs. weights: those in force at the end, mean over seeds, scaled to sum 3.
 """
 
 
@@ -122,10 +122,24 @@ class Run:
     """What one training leaves behind."""
 
     metrics: dict[str, float]
-    seconds: float
-    cpu_seconds: float
     weights: list[float]
     history: History
+
+
+def train_loader(data: OverlaidDigits, options: argparse.Namespace) -> DataLoader[dict[str, Tensor]]:
+    """Shuffled whole batches."""
+    sampler = BatchSampler(RandomSampler(data), options.batch_size, drop_last=True)
+    return DataLoader(data, batch_size=None, sampler=sampler)
+
+
+def build(
+    weighting: str, tasks: tuple[str, ...], steps: int, lr: float, *, record_every: int | None = None
+) -> tuple[Digits, torch.optim.AdamW, gradstats.Scalarizer]:
+    """A fresh network with its optimizer and the scalarizer for a training of so many steps."""
+    model = Digits(tasks)
+    options: dict[str, Any] = {"total_steps": steps} if weighting == "autoscale" else {}
+    scalarizer = gradstats.Scalarizer(weighting, tasks=tasks, record_every=record_every, **options)
+    return model, torch.optim.AdamW(model.parameters(), lr), scalarizer
 
 
 def train(
@@ -138,19 +152,11 @@ def train(
     *,
     record_every: int | None = None,
 ) -> Run:
-    """Train one network on ``tasks`` and evaluate it; the times are those of the training alone."""
-    sampler = BatchSampler(RandomSampler(data["train"]), options.batch_size, drop_last=True)
-    loader = DataLoader(data["train"], batch_size=None, sampler=sampler)
+    """Train one network on ``tasks`` and evaluate it."""
+    loader = train_loader(data["train"], options)
     steps = options.epochs * len(loader)
     torch.manual_seed(seed)
-    model = Digits(tasks)
-    optimizer = torch.optim.AdamW(model.parameters(), options.lr)
-    scalarizer = gradstats.Scalarizer(
-        weighting,
-        tasks=tasks,
-        record_every=record_every,
-        **({"total_steps": steps} if weighting == "autoscale" else {}),
-    )
+    model, optimizer, scalarizer = build(weighting, tasks, steps, options.lr, record_every=record_every)
     trainer = Trainer(
         model,
         lambda model, batch: compute_losses(model, batch, reconstruction=options.reconstruction),
@@ -165,10 +171,26 @@ def train(
     )
     with tqdm(total=steps, desc=f"seed {seed}, {label}", unit="step") as bar:
         optimizer.register_step_post_hook(lambda *_: bar.update())
-        start, cpu_start = time.perf_counter(), time.process_time()
         history = trainer.fit(loader)
-        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    return Run(evaluate(model, data[options.evaluate_on]), seconds, cpu_seconds, scalarizer.weights.tolist(), history)
+    return Run(evaluate(model, data[options.evaluate_on]), scalarizer.weights.tolist(), history)
+
+
+def measure_cpu_seconds(data: OverlaidDigits, options: argparse.Namespace) -> dict[str, float]:
+    """CPU time of all optimizer steps of one training by each method, the methods taking their steps in turn."""
+    loader = train_loader(data, options)
+    steps = options.epochs * len(loader)
+    built = {method: build(weighting, TASKS, steps, options.lr) for method, weighting in METHODS.items()}
+    seconds = dict.fromkeys(METHODS, 0.0)
+    with tqdm(total=steps, desc="all methods in turn, timed", unit="step") as bar:
+        for batch in itertools.chain.from_iterable(loader for _ in range(options.epochs)):
+            for method, (model, optimizer, scalarizer) in built.items():
+                start = time.process_time()
+                scalarizer(compute_losses(model, batch, reconstruction=options.reconstruction)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                seconds[method] += time.process_time() - start
+            bar.update()
+    return seconds
 
 
 # ---- all runs, and what they say -----------------------------------------------------------------------------------
@@ -179,14 +201,14 @@ class Results:
     """All runs of the demo.
 
     Attributes:
-        single: Test metrics of the single-task references, for each seed.
-        runs: Timed runs of each method, for each seed.
-        monitored: One more run of each method, with its gradients recorded.
+        single: Metrics of the single-task references, for each seed.
+        runs: Runs of each method, for each seed; the first with its gradients recorded all along.
+        cpu_seconds: CPU time of all optimizer steps of a training by each method.
     """
 
     single: list[dict[str, float]]
     runs: dict[str, list[Run]]
-    monitored: dict[str, Run]
+    cpu_seconds: dict[str, float]
 
     def drops(self, method: str) -> list[float]:
         """Δm of each seed, against the single-task references of the same seed."""
@@ -194,11 +216,6 @@ class Results:
             report.relative_drop(run.metrics, single, higher_is_better=HIGHER_IS_BETTER)
             for run, single in zip(self.runs[method], self.single, strict=True)
         ]
-
-    def relative_time(self, method: str) -> float:
-        """Median over seeds of the CPU time relative to unitary scalarization with the same seed."""
-        pairs = zip(self.runs[method], self.runs["unitary"], strict=True)
-        return statistics.median(run.cpu_seconds / unitary.cpu_seconds for run, unitary in pairs)
 
     def weights(self, method: str) -> list[float]:
         """Mean over seeds of the weights after training, scaled to ``sum(w) = T``."""
@@ -219,19 +236,17 @@ class Results:
 
 
 def run_all(options: argparse.Namespace) -> Results:
-    """Train everything: the methods interleaved within each seed, first to last place rotating over seeds."""
+    """Train everything."""
     data = overlaid_digits(pairs_per_image=options.pairs_per_image)
-    results = Results([], {method: [] for method in METHODS}, {})
+    single: list[dict[str, float]] = []
+    runs: dict[str, list[Run]] = {method: [] for method in METHODS}
     for seed in range(options.seeds):
-        single = [train(f"{SINGLE} {task}", "uniform", (task,), data, seed, options) for task in TASKS]
-        results.single.append({task: run.metrics[task] for task, run in zip(TASKS, single, strict=True)})
-        order = list(METHODS)
-        for method in order[seed % len(order) :] + order[: seed % len(order)]:
-            results.runs[method].append(train(method, METHODS[method], TASKS, data, seed, options))
-    for method, weighting in METHODS.items():
-        run = train(f"{method}, monitored", weighting, TASKS, data, 0, options, record_every=options.record_every)
-        results.monitored[method] = run
-    return results
+        references = {task: train(f"{SINGLE} {task}", "uniform", (task,), data, seed, options) for task in TASKS}
+        single.append({task: run.metrics[task] for task, run in references.items()})
+        for method, weighting in METHODS.items():
+            record_every = options.record_every if seed == 0 else None
+            runs[method].append(train(method, weighting, TASKS, data, seed, options, record_every=record_every))
+    return Results(single, runs, measure_cpu_seconds(data["train"], options))
 
 
 def results_table(results: Results, *, markdown: bool) -> str:
@@ -244,7 +259,8 @@ def results_table(results: Results, *, markdown: bool) -> str:
             rows.append([method, *cells, "0", "", ""])
         else:
             weights = " : ".join(f"{weight:.2g}" for weight in results.weights(method))
-            rows.append([method, *cells, f"{intervals[DROP]:.1f}", f"{results.relative_time(method):.2f}", weights])
+            time_ratio = results.cpu_seconds[method] / results.cpu_seconds["unitary"]
+            rows.append([method, *cells, f"{intervals[DROP]:.1f}", f"{time_ratio:.2f}", weights])
     return report.table(header, rows, markdown=markdown)
 
 
@@ -296,23 +312,21 @@ def scaled(weights: list[float]) -> list[float]:
 
 
 def pictures(results: Results) -> dict[str, Any]:
-    """Figures by file name."""
-    weights, similarity = {}, {}
-    for method, run in results.monitored.items():
-        rows = [row for row in run.history.steps if "gradient/mean_cosine" in row]
+    """Figures by file name; those of weights and gradients show the first seed."""
+    weights, similarity, mean = {}, {}, {}
+    for method, runs in results.runs.items():
+        rows = [row for row in runs[0].history.steps if "gradient/mean_cosine" in row]
         in_force = [[row[f"weight/{task}"] for task in TASKS] for row in rows]
         weights[method] = ([row["step"] for row in rows], [scaled(w) for w in in_force])
         similarity[method] = binned_similarity(rows, in_force)
-    unitary = [
-        recorded_stats(row) for row in results.monitored["unitary"].history.steps if "gradient/mean_cosine" in row
-    ]
+        mean[method] = gradstats.GradStats.mean([recorded_stats(row) for row in rows])
     return {
         "results.png": report.plot_intervals(results.intervals(), reference=SINGLE),
         "weights.png": report.plot_weights(weights, TASKS, ylabel="task weight, scaled to sum 3"),
         "magnitude_similarity.png": report.plot_curves(
             similarity, ylabel="magnitude similarity of\nweighted gradients (1: equal)", ylim=(0, 1.02)
         ),
-        "cosine.png": report.plot_stats(gradstats.GradStats.mean(unitary)),
+        "cosine.png": report.plot_stats(mean["unitary"]),
     }
 
 
@@ -326,8 +340,6 @@ def write_results(results: Results, options: argparse.Namespace, minutes: float)
             "seed": seed,
             **run.metrics,
             "delta_m_percent": drop,
-            "seconds": run.seconds,
-            "cpu_seconds": run.cpu_seconds,
             **{f"weight_{task}": weight for task, weight in zip(TASKS, run.weights, strict=True)},
         }
         for method in METHODS
@@ -356,7 +368,7 @@ def write_results(results: Results, options: argparse.Namespace, minutes: float)
             }
             for method, row in results.intervals().items()
         },
-        "cpu_time_relative_to_unitary": {method: results.relative_time(method) for method in METHODS},
+        "cpu_seconds": results.cpu_seconds,
         "verdicts": verdicts(results),
     }
     report.write_file(folder / "results.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
@@ -379,7 +391,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default="sum",
         help="squared error summed (as in autoencoders with a Gaussian likelihood) or averaged over pixels",
     )
-    parser.add_argument("--record-every", type=int, default=10, help="steps between records of the monitored runs (10)")
+    parser.add_argument("--record-every", type=int, default=10, help="steps between records with the first seed (10)")
     parser.add_argument(
         "--evaluate-on", choices=("test", "valid"), default="test", help="pairs that the metrics are measured on (test)"
     )

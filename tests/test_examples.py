@@ -64,7 +64,7 @@ def test_demo_runs_every_method_with_every_seed(demo):
     assert [float(row["image"]) for row in rows] == [run["image"] for run in results["runs"]]
 
 
-def test_demo_derives_drops_and_times_from_its_runs(demo):
+def test_demo_derives_drops_from_its_runs(demo):
     _, results = demo
     runs = {(run["method"], run["seed"]): run for run in results["runs"]}
     for method in ("unitary", "SLAW", "AutoScale"):
@@ -76,8 +76,6 @@ def test_demo_derives_drops_and_times_from_its_runs(demo):
                 ours["image"] / single["image"] - 1,
             ]
             assert ours["delta_m_percent"] == pytest.approx(100 * statistics.fmean(drops))
-        ratios = [runs[method, seed]["cpu_seconds"] / runs["unitary", seed]["cpu_seconds"] for seed in (0, 1)]
-        assert results["cpu_time_relative_to_unitary"][method] == pytest.approx(statistics.median(ratios))
         mean = statistics.fmean(runs[method, seed]["delta_m_percent"] for seed in (0, 1))
         assert results["summary"][method]["Δm (%), lower is better"]["mean"] == pytest.approx(mean)
     assert runs["unitary", 0]["weight_image"] == 1.0
@@ -86,8 +84,11 @@ def test_demo_derives_drops_and_times_from_its_runs(demo):
 
 def test_demo_table_has_a_row_a_method_and_says_who_wins(demo):
     folder, results = demo
+    assert all(seconds > 0 for seconds in results["cpu_seconds"].values())
+    ratio = results["cpu_seconds"]["AutoScale"] / results["cpu_seconds"]["unitary"]
     lines = (folder / "results.md").read_text(encoding="utf-8").splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["single-task", "unitary", "SLAW", "AutoScale"]
+    assert lines[-1].split("|")[6].strip() == f"{ratio:.2f}"
     assert len(results["verdicts"]) == 2
     assert all(any(word in verdict for word in ("wins", "loses", "no winner")) for verdict in results["verdicts"])
 
@@ -108,9 +109,7 @@ def results_with(digits, drops):
     single = {"left": 50.0, "right": 50.0, "image": 1.0}
 
     def runs(values):
-        return [
-            digits.Run({**single, "image": 1 + 3 * value / 100}, 1.0, 1.0, [1.0, 1.0, 1.0], None) for value in values
-        ]
+        return [digits.Run({**single, "image": 1 + 3 * value / 100}, [1.0, 1.0, 1.0], None) for value in values]
 
     methods = {"unitary": runs([10.0, 10.0, 10.0]), "SLAW": runs([10.0, 10.0, 10.0]), "AutoScale": runs(drops)}
     return digits.Results([single] * 3, methods, {})
