@@ -157,6 +157,17 @@ def test_monitoring_leaves_training_as_it_was(variant: str, fused: bool) -> None
     assert torch.equal(rng, plain_rng)
 
 
+@pytest.mark.parametrize("method", ["auto", "sequential"])
+def test_fused_form_frees_the_graph(method: str) -> None:
+    model, _ = build()
+    scalarizer = gradstats.Scalarizer("uniform", tasks=TASKS, record_every=1, method=method)
+    for step in range(2):
+        losses = losses_of(model(batch(step)[0]), batch(step)[1])
+        scalarizer.backward(losses)
+        with pytest.raises(RuntimeError, match="second time"):
+            losses["small"].backward()
+
+
 def test_autoscale_records_in_phase_1_alone_and_weighs_exactly(collections: list[int]) -> None:
     model, optimizer = build()
     scalarizer = gradstats.Scalarizer(

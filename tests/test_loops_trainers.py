@@ -158,10 +158,10 @@ def test_hf_scalarizer_outside_the_model(hf_example: dict, tmp_path: Path, colle
     """Steps are those of the optimizer, evaluation does not count, and checkpoints hold the model alone."""
     steps, accumulate = 20, 2
     torch.manual_seed(0)
-    options = {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 10, "gradient_accumulation_steps": accumulate}
+    options = {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 10, "label_names": list(TASKS)}
     trainer = hf_example["MultiTaskTrainer"](
         hf_example["Model"](),
-        hf_arguments(tmp_path, max_steps=steps, **options),
+        hf_arguments(tmp_path, max_steps=steps, gradient_accumulation_steps=accumulate, **options),
         train_dataset=hf_rows(),
         eval_dataset=hf_rows(),
     )
@@ -170,6 +170,7 @@ def test_hf_scalarizer_outside_the_model(hf_example: dict, tmp_path: Path, colle
     )
     trainer.train()
     assert trainer.state.global_step == steps
+    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 4
     assert trainer.scalarizer._step == steps
     assert len(collections) == 5 * accumulate
     assert trainer.scalarizer.weights[0] > 100 * trainer.scalarizer.weights[1]
