@@ -380,6 +380,15 @@ def test_gramian_of_all_parameters_by_module(model: nn.Module, method: str) -> N
         assert_close(group.gram, oracle(losses, members))
 
 
+@pytest.mark.parametrize("which", [0, -1])
+def test_gramian_of_one_parameter(model: nn.Module, which: int) -> None:
+    """The backward passes no further than it must, and what flows elsewhere is left alone."""
+    losses = model()
+    params = [p for p in shared_leaves(losses, model) or model.parameters() if p.requires_grad]
+    stats = gradstats.from_losses(losses, params[which], method="batched", retain_graph=True)
+    assert_close(stats.gram, oracle(losses, [params[which]]))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("which", ["shared", "all", "first", "last"])
 def test_backward_adds_the_weighted_gradient(model: nn.Module, method: str, which: str) -> None:
@@ -655,6 +664,10 @@ def test_the_graph_is_kept_or_freed(method: str) -> None:
     model = mlp()
     for _ in range(2):  # "auto" tries vmap at the first graph of a kind and knows at the second
         losses = model()
+        gradstats.from_losses(losses, method=method)
+        with pytest.raises(RuntimeError, match="second time"):
+            sum(losses.values()).backward()
+        losses = model()
         gradstats.from_losses(losses, method=method, retain_graph=True)
         model.zero_grad()
         sum(losses.values()).backward(retain_graph=True)
@@ -738,6 +751,18 @@ def test_hooks_of_the_user_run_and_stay(method: str) -> None:
     torch.testing.assert_close(fused, [p.grad for p in model.parameters()])
 
 
+def test_a_failing_accumulation_is_not_repeated() -> None:
+    """What goes wrong once gradients are being accumulated is the user's to see, not a reason to start again."""
+    model = mlp()
+
+    def refuse(p: Tensor) -> None:
+        raise OSError("full")
+
+    model.trunk[0].weight.register_post_accumulate_grad_hook(refuse)
+    with pytest.raises(OSError, match="full"):
+        gradstats.backward(model(), torch.ones(3))
+
+
 def test_a_failure_midway_leaves_no_hook_and_no_gradient() -> None:
     model = mlp()
     losses = model()
@@ -813,6 +838,15 @@ def test_falls_back_where_vmap_refuses(build: Callable[[], Heads], caplog: pytes
     want = oracle(losses, params)
     with pytest.raises(RuntimeError, match="'batched' failed on this graph"):
         gradstats.from_losses(losses, model, method="batched", retain_graph=True)
+    # Tried for the first time with a graph that need not be kept: the second try must find it whole.
+    for collects in (gradstats.from_losses, lambda losses, _: gradstats.backward(losses, torch.ones(3), model)):
+        driver._vmap_takes.clear()
+        stats = collects(model(), model)
+        assert stats.method == "sequential"
+        assert_close(stats.gram, want, 1e-6)
+    model.zero_grad()
+    driver._vmap_takes.clear()
+    caplog.clear()
     with caplog.at_level(logging.WARNING, logger="gradstats"):
         for _ in range(3):
             stats = gradstats.from_losses(losses, model, retain_graph=True)

@@ -72,8 +72,12 @@ class _Gather:
         return self._block if self._missing == 0 else None
 
 
-def collect_batched(job: Job, *, retain_graph: bool) -> Fold:
-    """Collect from one backward, ``job.weights`` included."""
+def collect_batched(job: Job, *, retain_graph: bool) -> tuple[Fold, dict[Tensor, Tensor] | None]:
+    """Collect from one backward.
+
+    Returns:
+        The Gramian, and with ``job.weights`` the weighted gradient of every leaf that has one (else None).
+    """
     return _Batched(job).run(retain_graph)
 
 
@@ -98,7 +102,7 @@ class _Batched:
         self._fold = job.new_fold()
         self._weighted: dict[Node, Tensor] = {}
 
-    def run(self, retain_graph: bool) -> Fold:
+    def run(self, retain_graph: bool) -> tuple[Fold, dict[Tensor, Tensor] | None]:
         targets = self._targets()
         losses = [loss for _, loss in self._job.present]
 
@@ -119,11 +123,9 @@ class _Batched:
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
             # "same": what a backward draws at random (a recomputed dropout mask, say) is one draw for all tasks.
             torch.vmap(pull, randomness="same")(torch.eye(self._num_tasks, device=losses[0].device))
-        if self._weights is not None:
-            # Through the leaves' own accumulation, so that what hooks it (DDP, fused optimizers) fires, and once.
-            leaves = [self._graph.leaves[node] for node in self._weighted]
-            torch.autograd.backward(leaves, list(self._weighted.values()))
-        return self._fold
+        if self._weights is None:
+            return self._fold, None
+        return self._fold, {self._graph.leaves[node]: grad for node, grad in self._weighted.items()}
 
     def _region(self, node: Node) -> _Region:
         if not self._graph.is_shared(node):

@@ -115,20 +115,18 @@ def _run(job: Job, method: str, store_dtype: torch.dtype | None, retain_graph: b
     if method != "engine":
         _check_visible(job)
     keep = retain_graph or job.weights is not None
-    fold = None
-    if method in ("auto", "batched"):
-        # A user's hook on a leaf would run twice in the fused form: on the block, and on the weighted sum.
-        fused = not any(leaf._backward_hooks for leaf in job.graph.leaves.values())
-        fold = _try_batched(job, method, retain_graph) if fused else _try_batched(job.without_weights(), method, keep)
-        if fold is not None and fused:
-            return fold, "batched"
-        method = "sequential" if fold is None else "batched"
-    if method == "engine":
+    grads = None
+    tried = _try_batched(job, method, retain_graph) if method in ("auto", "batched") else None
+    if tried is not None:
+        method, (fold, grads) = "batched", tried
+    elif method == "engine":
         fold = collect_with_engine(job, retain_graph=keep)
-    elif method == "sequential":
-        fold = collect_sequentially(job, store_dtype=store_dtype, retain_graph=keep)
-    assert fold is not None
-    if job.weights is not None:
+    else:
+        method, fold = "sequential", collect_sequentially(job, store_dtype=store_dtype, retain_graph=keep)
+    if grads is not None:
+        # Through the leaves' own accumulation, so that what hooks it (DDP, fused optimizers) fires, and once.
+        torch.autograd.backward(list(grads), list(grads.values()))
+    elif job.weights is not None:
         cotangents = [job.weights[task].to(loss).expand(loss.shape) for task, loss in job.present]
         torch.autograd.backward([loss for _, loss in job.present], cotangents, retain_graph=retain_graph)
     return fold, method
@@ -149,8 +147,11 @@ def _check_visible(job: Job) -> None:
         raise ValueError(f"inputs: no loss reaches any of the {len(job.inputs)} inputs")
 
 
-def _try_batched(job: Job, method: str, retain_graph: bool) -> Fold | None:
+def _try_batched(job: Job, method: str, retain_graph: bool) -> tuple[Fold, dict[Tensor, Tensor] | None] | None:
     """Collect by the batched method, or return None where it cannot and ``method`` is "auto".
+
+    The result is the Gramian and the weighted gradient of each leaf; None for the latter leaves it to the caller, with
+    a graph that is kept.
 
     A failed try must leave the graph for the method that takes over. So the graph is kept at the first try of its
     kind, and freed afterwards, by an ordinary backward, if it was not to be kept.
@@ -159,9 +160,12 @@ def _try_batched(job: Job, method: str, retain_graph: bool) -> Fold | None:
     known = _vmap_takes.get(kind)
     if method == "auto" and known is False:
         return None
+    if job.weights is not None and any(leaf._backward_hooks for leaf in job.graph.leaves.values()):
+        # A user's hook on a leaf would run twice: on the block, and where the weighted sum is accumulated.
+        job, retain_graph = job.without_weights(), True
     keep = retain_graph or (method == "auto" and known is None)
     try:
-        fold = collect_batched(job, retain_graph=keep)
+        collected = collect_batched(job, retain_graph=keep)
     except torch.OutOfMemoryError:
         raise
     except Exception as reason:
@@ -185,7 +189,7 @@ def _try_batched(job: Job, method: str, retain_graph: bool) -> Fold | None:
     if keep and not retain_graph:
         losses = [loss for _, loss in job.present]
         torch.autograd.grad(losses, job.inputs, [torch.ones_like(loss) for loss in losses], allow_unused=True)
-    return fold
+    return collected
 
 
 def _check_method(method: str, store_dtype: torch.dtype | None) -> None:
