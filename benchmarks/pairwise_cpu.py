@@ -55,7 +55,11 @@ def build_read_loop(folder: str) -> ReadLoop:
     def prepare(tensors: list[Tensor], threads: int) -> Callable[[], None]:
         pointers = (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
         sizes = (ctypes.c_size_t * len(tensors))(*(x.numel() * x.element_size() for x in tensors))
-        return lambda: library.read_all(pointers, sizes, ctypes.c_size_t(len(tensors)), threads)
+
+        def read() -> None:
+            library.read_all(pointers, sizes, ctypes.c_size_t(len(tensors)), threads)
+
+        return read
 
     return prepare
 
