@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -134,29 +134,41 @@ def _listed_operands(grads: object, metric: object) -> tuple[list[Tensor], int, 
         _check_device(model, first, f"grads[...][{k}]")
     scale = _metric_operand(metric, num_params, models)
     # An empty tensor stands for a gradient of zeros in the operator, whose schema takes tensors alone.
-    missing = {k: model.new_empty(0) for k, model in models.items() if any(task[k] is None for task in tasks)}
-    return [missing[k] if task[k] is None else task[k] for task in tasks for k in models], len(tasks), scale
+    tensors = [task[k] for task in tasks for k in models]
+    if any(tensor is None for tensor in tensors):
+        missing = {k: model.new_empty(0) for k, model in models.items()}
+        tensors = [missing[k] if task[k] is None else task[k] for task in tasks for k in models]
+    return tensors, len(tasks), scale
 
 
 def _check_parameter(column: list[Tensor | None], k: int) -> Tensor | None:
     """Check one parameter's gradients against each other; return one of them, or None where all tasks have None."""
-    model: Tensor | None = None
-    owner = 0
-    for t, value in enumerate(column):
-        if value is None:
-            continue
-        argument = f"grads[{t}][{k}]"
-        grad = _tensor(value, argument)
-        if model is None:
-            model, owner = grad, t
-        elif grad.shape != model.shape:
-            expected = f"expected shape {tuple(model.shape)} as in grads[{owner}][{k}]"
-            raise ValueError(f"{argument}: {expected}, got {tuple(grad.shape)}")
-        elif grad.dtype != model.dtype:
-            raise ValueError(f"{argument}: expected dtype {model.dtype} as in grads[{owner}][{k}], got {grad.dtype}")
-        else:
-            _check_device(grad, model, argument)
+    owner = next((t for t, grad in enumerate(column) if grad is not None), None)
+    if owner is None:
+        return None
+    model = _tensor(column[owner], f"grads[{owner}][{k}]")
+    shape, dtype, device = model.shape, model.dtype, model.device
+    for t, grad in enumerate(column):
+        # One quick test for each of the many tensors; what is wrong is found out when something is.
+        if grad is not None and not (
+            isinstance(grad, Tensor)
+            and grad.shape == shape
+            and grad.dtype == dtype
+            and grad.device == device
+            and grad.layout == torch.strided
+        ):
+            _refuse(grad, model, f"grads[{t}][{k}]", f"grads[{owner}][{k}]")
     return model
+
+
+def _refuse(value: object, model: Tensor, argument: str, other: str) -> NoReturn:
+    """Raise what is wrong with a gradient that does not go with ``model``."""
+    grad = _tensor(value, argument)
+    if grad.shape != model.shape:
+        raise ValueError(f"{argument}: expected shape {tuple(model.shape)} as in {other}, got {tuple(grad.shape)}")
+    if grad.dtype != model.dtype:
+        raise ValueError(f"{argument}: expected dtype {model.dtype} as in {other}, got {grad.dtype}")
+    raise ValueError(f"{argument}: expected device {model.device} as in {other}, got {grad.device}")
 
 
 def _metric_operand(metric: object, num_params: int, models: Mapping[int, Tensor]) -> list[Tensor]:
