@@ -12,7 +12,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constr
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean distclean
+.PHONY: help demo test gpu lint bench clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ demo: $(VENV)/.with-demo  ## Train on overlaid digits; table and pictures in dem
 
 test: $(VENV)/.with-test  ## Run the tests
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+gpu: $(VENV)/.with-test  ## Run the GPU tests, on a machine with a GPU and a CUDA torch (PIP_ARGS, constraints.txt)
+	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
 
 lint: $(VENV)/.with-dev  ## Check style, format and types
 	$(BIN)/ruff check .

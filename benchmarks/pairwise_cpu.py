@@ -30,6 +30,7 @@ from torch import Tensor
 
 import gradstats
 from gradstats.ops import reference
+from gradstats.report import write_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_PARAMETERS = 62  # as in ResNet-18
@@ -168,14 +169,6 @@ def print_case(records: list[dict[str, Any]]) -> None:
         )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Leave the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -204,7 +197,8 @@ def main() -> None:
                         print_case(case)
                         records += case
     if arguments.out is not None:
-        write_atomically(arguments.out, json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(arguments.out, json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ import functools
 import io
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
+
+from gradstats._files import written_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -420,14 +421,5 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Write text (as UTF-8) or bytes so that ``path`` holds the old content or the whole new one, never a part."""
-    target = Path(path)
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp hides what it makes from other users; results are for everyone
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with written_atomically(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)

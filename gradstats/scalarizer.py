@@ -18,6 +18,8 @@ from gradstats.weighting.base import packed, unpacked
 
 logger = logging.getLogger(__name__)
 
+_LATER = "a later step is recorded"
+
 
 class Scalarizer(nn.Module):
     """Weighted sum of task losses with weights that a weighting policy chooses.
@@ -38,7 +40,8 @@ class Scalarizer(nn.Module):
     Args:
         weighting: Name of a weighting (see :func:`gradstats.weighting.available`) or a ``Weighting``.
         tasks: Names of the tasks, in the order of the weights.
-        inputs: Where gradients are measured, as for :func:`gradstats.from_losses`; None for the shared parameters.
+        inputs: Where gradients are measured, as for :func:`gradstats.from_losses`; None for the shared parameters,
+            which show at steps with the losses of at least two tasks: only these are recorded then.
         record_every: Also record the statistics at every ``record_every``-th step, whatever the weighting: a monitor.
         accumulate: Micro-steps (calls) in an optimizer step.
         method: How Gramians are collected, as for :func:`gradstats.from_losses`.
@@ -130,11 +133,11 @@ class Scalarizer(nn.Module):
         Returns:
             The weighted sum, detached. With a ``grad_scaler`` the gradients are those of the scaled sum.
         """
-        if not (self.training and self.wants_stats()) or _distributed():
+        listed = self._listed(losses)
+        if _distributed() or not (self.training and self.wants_stats() and self._inputs_show(listed)):
             total: Tensor = self(losses)
             torch.autograd.backward(total if self.grad_scaler is None else self.grad_scaler.scale(total))
             return total.detach()
-        listed = self._listed(losses)
         weights = self.weights
         self._count(listed, self._collect(listed, weights))
         return _weighted_sum(listed, weights).detach()
@@ -161,6 +164,11 @@ class Scalarizer(nn.Module):
             raise ValueError("losses: expected at least one task's loss, got none")
         return listed
 
+    def _inputs_show(self, listed: list[Tensor | None]) -> bool:
+        """Whether it is known at this step where to measure: what is shared shows in the graph of two tasks."""
+        with_graph = sum(loss is not None and loss.requires_grad for loss in listed)
+        return self._inputs[0] is not None or with_graph > 1 or len(listed) == 1
+
     def _collect(self, listed: list[Tensor | None], weights: Tensor | None = None) -> GradStats | None:
         """This micro-step's Gramian, and with ``weights`` the weighted ``.grad``; None where it cannot be used."""
         scale, scaled = 1.0, listed
@@ -170,9 +178,12 @@ class Scalarizer(nn.Module):
         reduce = None
         if _distributed():
             if not _same_on_all_ranks(signature(self.tasks, scaled, self._inputs[0]), _device(listed)):
-                logger.warning("step %d: the ranks' graphs differ; a later step is recorded", self._step)
+                logger.warning("step %d: the ranks' graphs differ; %s", self._step, _LATER)
                 return None
             reduce = _mean_over_ranks
+        if not self._inputs_show(listed):
+            logger.warning("step %d: one task alone does not show what is shared (pass inputs); %s", self._step, _LATER)
+            return None
         stats = collect(
             self.tasks,
             scaled,
@@ -185,7 +196,7 @@ class Scalarizer(nn.Module):
         )
         if stats.non_finite_names:
             names = ", ".join(stats.non_finite_names)
-            logger.warning("step %d: the gradient of %s is not finite; a later step is recorded", self._step, names)
+            logger.warning("step %d: the gradient of %s is not finite; %s", self._step, names, _LATER)
             return None
         return stats
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from gradstats._files import written_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -231,7 +232,8 @@ class GradStats:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to ``path`` atomically; :meth:`load` reads it back."""
-        write_atomically(path, self._state())
+        with written_atomically(path) as file:
+            torch.save(self._state(), file)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GradStats:
@@ -279,21 +281,6 @@ class GradStats:
         }
         lines.append(", ".join(f"{label} {float(value):.4g}" for label, value in summary.items()))
         return "\n".join(lines)
-
-
-def write_atomically(path: str | os.PathLike[str], state: Any) -> None:
-    """``torch.save`` that leaves either the old file or the whole new one, whenever the process dies."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _largest(a: float | None, b: float | None) -> float | None:

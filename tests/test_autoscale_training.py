@@ -26,14 +26,6 @@ def digits():
     return torch.tensor(images / 16 - 0.3).float(), {k: torch.tensor(v).float() for k, v in labels.items()}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def train(digits, scalarizer: Scalarizer, seed: int) -> float:
     """Mean test error over the four tasks of a small shared network, in percent."""
     images, labels = digits
@@ -66,9 +58,8 @@ def autoscale(**options) -> Scalarizer:
 
 
 @pytest.fixture(scope="module")
-def outcomes(digits):
+def outcomes(digits, one_thread):
     """Test errors of five seeds with ideal fixed weights, AutoScale and uniform weights, and AutoScale's weights."""
-    torch.set_num_threads(1)
     ideal = {task: 1 / scale for task, scale in SCALES.items()}
     errors, weights = {"ideal": [], "autoscale": [], "uniform": []}, []
     for seed in range(5):
@@ -97,7 +88,7 @@ def test_the_result_is_that_of_ideal_fixed_weights(outcomes):
 
 
 @pytest.mark.parametrize("cost", ["condition", "loss"])
-def test_the_other_costs_find_the_scale_too(digits, cost):
+def test_the_other_costs_find_the_scale_too(digits, one_thread, cost):
     scalarizer = autoscale(cost=cost)
     train(digits, scalarizer, seed=0)
     shares = scalarizer.weights * torch.tensor(list(SCALES.values()))

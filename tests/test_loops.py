@@ -15,18 +15,10 @@ from torch import Tensor, nn
 import gradstats
 import gradstats.scalarizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TASKS = ("small", "middle", "large")
 SCALES = {"small": 1.0, "middle": 10.0, "large": 100.0}
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny models are slowed down by threads, the more so on busy machines."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Model(nn.Module):
@@ -275,6 +267,26 @@ def test_autoscale_keeps_the_weight_of_a_task_that_never_came() -> None:
     assert scalarizer.weights.isfinite().all()
     assert scalarizer.weights[0] > 10 * scalarizer.weights[2]
     assert scalarizer.stats.present.tolist() == [True, False, True]
+
+
+def test_a_step_with_one_task_alone_is_recorded_later_unless_inputs_are_given(caplog: pytest.LogCaptureFixture) -> None:
+    """The graph of one loss does not show which parameters are shared, so it would count its head as well."""
+    model, _ = build()
+    for inputs, recorded in ((None, False), (model.encoder, True)):
+        for fused in (False, True):
+            scalarizer = gradstats.Scalarizer("uniform", tasks=TASKS, record_every=1, inputs=inputs)
+            model.zero_grad()
+            losses = losses_of(model(batch(0)[0]), batch(0)[1])
+            (expected,) = torch.autograd.grad(losses["small"], model.encoder[0].weight, retain_graph=True)
+            caplog.clear()
+            with caplog.at_level(logging.WARNING, logger="gradstats"):
+                if fused:
+                    scalarizer.backward({"small": losses["small"]})
+                else:
+                    scalarizer({"small": losses["small"]}).backward()
+            assert (scalarizer.stats is not None) is recorded
+            assert ("one task alone" in caplog.text) is not recorded
+            torch.testing.assert_close(model.encoder[0].weight.grad, expected)
 
 
 @pytest.mark.parametrize("form", [list, tuple, torch.stack, dict], ids=["list", "tuple", "tensor", "mapping"])
@@ -584,7 +596,7 @@ def test_compiled_model(backend: str, fresh_compiler: None) -> None:
 
 def test_compiled_model_with_donated_buffers_names_the_setting(fresh_compiler: None) -> None:
     """A backward that was compiled to overwrite its saved tensors cannot run once a task."""
-    with pytest.raises(RuntimeError, match=r"torch\._functorch\.config\.donated_buffer"):
+    with pytest.raises(RuntimeError, match=r"set torch\._functorch\.config\.donated_buffer = False"):
         compiled_run("aot_eager")
 
 

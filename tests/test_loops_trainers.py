@@ -15,8 +15,9 @@ lightning = pytest.importorskip("lightning")
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
-# Theirs are not ours to mend.
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # Theirs are not ours to mend.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
@@ -25,15 +26,6 @@ pytestmark = [
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TASKS = ("metres", "millimetres")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny models are slowed down by threads, the more so on busy machines."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -50,6 +50,8 @@ def test_import_needs_torch_and_numpy_alone():
 def test_a_backend_can_be_forced():
     show = "import gradstats; print([b.name for b in gradstats.backends().values() if b.available])"
     assert python(show, GRADSTATS_BACKEND="reference").stdout.strip() == "['reference']"
+    if gradstats.backends()["cpu"].available:
+        assert python(show, GRADSTATS_BACKEND="cpu").stdout.strip() == "['reference', 'cpu']"
     unknown = python(show, GRADSTATS_BACKEND="tpu")
     assert "environment variable GRADSTATS_BACKEND is 'tpu'; expected one of reference, cpu, cuda" in unknown.stderr
     missing = python(WITHOUT_COMPILED + show, GRADSTATS_BACKEND="cpu")

@@ -19,16 +19,8 @@ from gradstats.scalarizer import Scalarizer
 from gradstats.train import Trainer
 from gradstats.train.checkpoint import RandomState
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TASKS = ("sum", "difference", "sign")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny models are slowed down by threads, the more so on busy machines."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Net(nn.Module):

@@ -46,7 +46,9 @@ def from_losses(
         inputs: What to differentiate with respect to: tensors (parameters or activations), ``(name, tensor)`` pairs,
             a mapping, or a module (its parameters that require grad). A tensor given twice counts once. None stands
             for the leaves that at least two losses reach; where there are none, as with a single loss or losses that
-            share nothing, for all leaves that a loss reaches (our choice), which makes the Gramian diagonal.
+            share nothing, for all leaves that a loss reaches (our choice), which makes the Gramian diagonal. The graph
+            cannot tell heads from shared parameters where losses come as one tensor ``[T]`` or a whole model is
+            compiled as one region: pass ``inputs`` there.
         method: How to collect:
 
             * ``"batched"``: one backward, whose shared part carries the gradients of all tasks under ``torch.vmap``;

@@ -95,7 +95,8 @@ def signature(names: Sequence[str], losses: Sequence[Tensor | None], inputs: Inp
     """A number that two processes share only if a batched collection would do the same steps in both.
 
     It is derived from the names of the tasks, which of them are present, the shapes and dtypes of the inputs and the
-    tasks that reach each, and the names of the graph's nodes in order. It fits a signed 64-bit integer.
+    tasks that reach each, the names of the graph's nodes in order, and what this process knows of vmap's taking
+    them. It fits a signed 64-bit integer.
     """
     present = args.check_losses(names, losses)
     graph = Graph(present)
@@ -104,6 +105,7 @@ def signature(names: Sequence[str], losses: Sequence[Tensor | None], inputs: Inp
         [loss is not None for loss in present],
         [(tuple(t.shape), str(t.dtype), graph.tasks_reaching(t)) for t in args.normal_inputs(inputs, graph).tensors],
         [node.name() for node in graph.children],
+        _vmap_takes.get(_kind(graph)),
     ]
     return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:7], "big")
 
@@ -156,7 +158,7 @@ def _try_batched(job: Job, method: str, retain_graph: bool) -> tuple[Fold, dict[
     A failed try must leave the graph for the method that takes over. So the graph is kept at the first try of its
     kind, and freed afterwards, by an ordinary backward, if it was not to be kept.
     """
-    kind = frozenset(node.name() for node in job.graph.children)
+    kind = _kind(job.graph)
     known = _vmap_takes.get(kind)
     if method == "auto" and known is False:
         return None
@@ -190,6 +192,10 @@ def _try_batched(job: Job, method: str, retain_graph: bool) -> tuple[Fold, dict[
         losses = [loss for _, loss in job.present]
         torch.autograd.grad(losses, job.inputs, [torch.ones_like(loss) for loss in losses], allow_unused=True)
     return collected
+
+
+def _kind(graph: Graph) -> frozenset[str]:
+    return frozenset(node.name() for node in graph.children)
 
 
 def _check_method(method: str, store_dtype: torch.dtype | None) -> None:

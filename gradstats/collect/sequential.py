@@ -16,10 +16,21 @@ def collect_sequentially(job: Job, *, store_dtype: torch.dtype | None = None, re
     rows: list[Sequence[Tensor | None]] = [[None] * len(job.inputs) for _ in job.losses]
     last = job.present[-1][0]
     for task, loss in job.present:
-        grads = torch.autograd.grad(
-            loss, job.inputs, torch.ones_like(loss), retain_graph=retain_graph or task != last, allow_unused=True
-        )
+        grads = _gradients(loss, job.inputs, retain_graph=retain_graph or task != last)
         rows[task] = [None if grad is None else grad.to(store_dtype or grad.dtype) for grad in grads]
     fold = job.new_fold()
     fold.add_rows(rows)
     return fold
+
+
+def _gradients(loss: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(loss, inputs, torch.ones_like(loss), retain_graph=retain_graph, allow_unused=True)
+    except RuntimeError as error:
+        if "donated buffer" not in str(error):
+            raise
+        raise RuntimeError(
+            "a compiled model's backward overwrites what it saved and so runs only once; to let it run for every task, "
+            "set torch._functorch.config.donated_buffer = False (after `import torch._functorch.config`) before the "
+            "model's first step"
+        ) from error

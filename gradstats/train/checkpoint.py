@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
-from gradstats.stats import write_atomically
+from gradstats._files import written_atomically
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -23,7 +23,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
         """Write ``checkpoint`` to ``path`` in one move, on disk when this returns."""
-        write_atomically(path, checkpoint)
+        with written_atomically(path) as file:
+            torch.save(checkpoint, file)
 
 
 class RandomState:
