@@ -3,16 +3,19 @@
 #   PYTHON     the interpreter that makes it, 3.11 or newer
 #   VENV       where it is
 #   PIP_ARGS   for pip; --extra-index-url https://download.pytorch.org/whl/cpu gets torch without CUDA on Linux
+#   OTHER_TORCH  the torch that `make abi` tests under
 #   DEMO_ARGS  for examples/digits.py, such as "--seeds 1 --epochs 2"; TEST_ARGS for pytest
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OTHER_TORCH ?= 2.11.0
+ABI_VENV ?= .venv-torch-$(OTHER_TORCH)
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu lint bench clean distclean
+.PHONY: help demo test gpu abi lint bench clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +28,15 @@ test: $(VENV)/.with-test  ## Run the tests
 
 gpu: $(VENV)/.with-test  ## Run the GPU tests, on a machine with a GPU and a CUDA torch (PIP_ARGS, constraints.txt)
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
+
+abi: $(VENV)/.with-torch  ## Test the wheel built with this torch under another one, OTHER_TORCH (downloads it)
+	rm -rf build/abi
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/abi .
+	test -x $(ABI_VENV)/bin/python || $(PYTHON) -m venv $(ABI_VENV)
+	$(ABI_VENV)/bin/python -m pip install $(PIP_ARGS) torch==$(OTHER_TORCH) numpy pytest pytest-timeout hypothesis
+	$(ABI_VENV)/bin/python -m pip install --no-deps --force-reinstall build/abi/*.whl
+	$(ABI_VENV)/bin/gradstats info
+	GRADSTATS_REQUIRE_COMPILED=1 $(ABI_VENV)/bin/pytest tests/test_ops.py tests/test_pairwise.py
 
 lint: $(VENV)/.with-dev  ## Check style, format and types
 	$(BIN)/ruff check .
