@@ -2,9 +2,10 @@
 // kTile (rows on each side of a tile whose sums fit in registers), and `widen` for 32 to 64 and 16 to 32 bits.
 //
 // A chunk of every row becomes float64 in a scratch block that stays in cache, and register-tiled kernels add the
-// products of all pairs of rows. Plain runs are converted by the tile that first needs them, anything else beforehand. Products of float32, bfloat16 and float16 are exact in float64 and no
-// product of theirs overflows or underflows, so no input needs a special case. Every pair (i, j) sees the same
-// operations in the same order wherever its tile lies: permuting tasks permutes the result exactly.
+// products of all pairs of rows. Plain runs are converted by the tile that first needs them, anything else beforehand.
+// Products of float32, bfloat16 and float16 are exact in float64 and no product of theirs overflows or underflows, so
+// no input needs a special case. Every pair (i, j) sees the same operations in the same order wherever its tile lies:
+// permuting tasks permutes the result exactly.
 
 using Vec = Vector<double, kLanes>;
 using Floats = Vector<float, kLanes>;
@@ -15,7 +16,6 @@ inline Vec load(const double* from) {
   __builtin_memcpy(&v, from, sizeof v);
   return v;
 }
-
 
 inline Vec load(const float* from) {
   Floats v;
@@ -44,15 +44,21 @@ inline Vec load(const Float16* from) {
 
 inline void store(double* to, Vec v) { __builtin_memcpy(to, &v, sizeof v); }
 
+// Asks for the cache line that its row needs a few chunks later.
+template <class In>
+void prefetch_ahead(const In* from) {
+  __builtin_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes<In>);
+}
+
 // ---- conversion -------------------------------------------------------------------------------------------------
 
-// A contiguous run, one cache line of input at a time, asking for the line `ahead` entries further on.
+// A contiguous run, one cache line of input at a time.
 template <class In>
-void convert_run(const In* __restrict in, int64_t count, int64_t ahead, double* __restrict out) {
+void convert_run(const In* __restrict in, int64_t count, double* __restrict out) {
   constexpr int64_t kLine = 64 / sizeof(In);
   int64_t c = 0;
   for (; c + kLine <= count; c += kLine) {
-    __builtin_prefetch(in + c + ahead);
+    prefetch_ahead(in + c);
     for (int64_t l = 0; l < kLine; l += kLanes) store(out + c + l, load(in + c + l));
   }
   for (; c < count; ++c) out[c] = to_double(in[c]);
@@ -60,7 +66,7 @@ void convert_run(const In* __restrict in, int64_t count, int64_t ahead, double* 
 
 // Entries [begin, begin + count) of one row's walk.
 template <class In>
-void convert(const Walk& walk, int64_t row, int64_t begin, int64_t count, int64_t ahead, double* __restrict out) {
+void convert(const Walk& walk, int64_t row, int64_t begin, int64_t count, double* __restrict out) {
   const int64_t* strides = walk.row_strides(row);
   const int64_t last = walk.num_loops() - 1, inner = walk.sizes[last], step = strides[last];
   while (count > 0) {
@@ -69,21 +75,20 @@ void convert(const Walk& walk, int64_t row, int64_t begin, int64_t count, int64_
     for (int64_t d = last - 1; d >= 0; outer /= walk.sizes[d--]) offset += outer % walk.sizes[d] * strides[d];
     const In* in = static_cast<const In*>(walk.data[row]) + offset;
     if (step == 1)
-      convert_run(in, run, ahead, out);
+      convert_run(in, run, out);
     else
       for (int64_t c = 0; c < run; ++c) out[c] = to_double(in[c * step]);
     out += run, begin += run, count -= run;
   }
 }
 
-inline void convert_row(const Walk& walk, int64_t row, DType dtype, int64_t begin, int64_t count, int64_t ahead,
-                        double* out) {
+inline void convert_row(const Walk& walk, int64_t row, DType dtype, int64_t begin, int64_t count, double* out) {
   if (walk.data[row] == nullptr) return void(std::fill_n(out, count, 0.0));
   switch (dtype) {
-    case DType::float32: return convert<float>(walk, row, begin, count, ahead, out);
-    case DType::float64: return convert<double>(walk, row, begin, count, ahead, out);
-    case DType::float16: return convert<Float16>(walk, row, begin, count, ahead, out);
-    case DType::bfloat16: return convert<BFloat16>(walk, row, begin, count, ahead, out);
+    case DType::float32: return convert<float>(walk, row, begin, count, out);
+    case DType::float64: return convert<double>(walk, row, begin, count, out);
+    case DType::float16: return convert<Float16>(walk, row, begin, count, out);
+    case DType::bfloat16: return convert<BFloat16>(walk, row, begin, count, out);
   }
 }
 
@@ -95,8 +100,8 @@ inline int64_t pair_index(int64_t i, int64_t j, int64_t num_tasks) { return i * 
 // Adds the products of rows [i, i + R) among themselves. The rows come from `rows`, and are kept in `block` where other
 // tiles want them too.
 template <int R, bool kKeep, class In>
-void add_diagonal_tile(const void* const* rows, int64_t from, int64_t count, int64_t ahead, int64_t i,
-                       int64_t num_tasks, double* block, double* sums) {
+void add_diagonal_tile(const void* const* rows, int64_t from, int64_t count, int64_t i, int64_t num_tasks,
+                       double* block, double* sums) {
   constexpr int64_t kLine = 64 / sizeof(In);
   const In* in[R];
   double* at[R];
@@ -110,7 +115,7 @@ void add_diagonal_tile(const void* const* rows, int64_t from, int64_t count, int
   }
   for (int64_t line = 0; line < count; line += kLine) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) __builtin_prefetch(in[r] + line + ahead);
+    for (int r = 0; r < R; ++r) prefetch_ahead(in[r] + line);
     for (int64_t k = line; k < line + kLine; k += kLanes) {
       Vec x[R];
 #pragma GCC unroll 8
@@ -160,21 +165,21 @@ void add_tile(const double* block, int64_t count, int64_t i, int64_t j, int64_t 
 
 // The tiles of columns [j, j + C): the diagonal one first, which brings their rows into cache, then those above it.
 template <int C, class In>
-void add_tile_column(const void* const* rows, int64_t from, int64_t count, int64_t ahead, int64_t j,
-                     int64_t num_tasks, double* block, double* sums) {
+void add_tile_column(const void* const* rows, int64_t from, int64_t count, int64_t j, int64_t num_tasks,
+                     double* block, double* sums) {
   const auto diagonal = num_tasks > kTile ? add_diagonal_tile<C, true, In> : add_diagonal_tile<C, false, In>;
-  diagonal(rows + j, from, count, ahead, j, num_tasks, block, sums);
+  diagonal(rows + j, from, count, j, num_tasks, block, sums);
   for (int64_t i = 0; i < j; i += kTile) add_tile<C>(block, count, i, j, num_tasks, sums);
 }
 
 // Adds the products of entries [from, from + count) of all rows; `count` is a multiple of a cache line.
 template <class In>
-void add_products(const void* const* rows, int64_t from, int64_t count, int64_t ahead, int64_t num_tasks,
-                  double* block, double* sums) {
+void add_products(const void* const* rows, int64_t from, int64_t count, int64_t num_tasks, double* block,
+                  double* sums) {
   static_assert(kTile == 3 || kTile == 4);
   for (int64_t j = 0; j < num_tasks; j += kTile) {
     const auto add = [&](auto width) {
-      add_tile_column<decltype(width)::value, In>(rows, from, count, ahead, j, num_tasks, block, sums);
+      add_tile_column<decltype(width)::value, In>(rows, from, count, j, num_tasks, block, sums);
     };
     switch (std::min<int64_t>(kTile, num_tasks - j)) {
       case 1: add(std::integral_constant<int, 1>{}); break;
@@ -191,7 +196,6 @@ struct Slot {
   const Problem& problem;
   int64_t num_tasks = problem.num_tasks;
   int64_t num_pairs = num_tasks * (num_tasks + 1) / 2;
-  int64_t ahead = std::max(kChunk, kPrefetchEntries / num_tasks);
   Buffer block = allocate((num_tasks + 1) * kStride);  // the rows of a chunk, then the roots of the metric
   Buffer sums = allocate(num_pairs * kLanes);
   std::vector<const void*> block_rows = std::vector<const void*>(num_tasks);
@@ -199,7 +203,7 @@ struct Slot {
   // Adds a piece of a parameter whose rows are runs, straight from where they lie.
   void add_runs(const Walk& walk, int64_t from, int64_t count) {
     const auto add = [&](auto kernel) {
-      kernel(walk.data.data(), from, count, ahead, num_tasks, block.get(), sums.get());
+      kernel(walk.data.data(), from, count, num_tasks, block.get(), sums.get());
     };
     switch (walk.dtype) {
       case DType::float32: return add(add_products<float>);
@@ -213,12 +217,12 @@ struct Slot {
   void convert_piece(const Walk& walk, int64_t from, int64_t count, int64_t filled) {
     double* const root = block.get() + num_tasks * kStride + filled;
     if (problem.has_metric) {
-      convert_row(walk, num_tasks, walk.metric_dtype, from, count, ahead, root);
+      convert_row(walk, num_tasks, walk.metric_dtype, from, count, root);
       for (int64_t c = 0; c < count; ++c) root[c] = __builtin_sqrt(root[c]);
     }
     for (int64_t t = 0; t < num_tasks; ++t) {
       double* const row = block.get() + t * kStride + filled;
-      convert_row(walk, t, walk.dtype, from, count, ahead, row);
+      convert_row(walk, t, walk.dtype, from, count, row);
       if (problem.has_metric)
         for (int64_t c = 0; c < count; ++c) row[c] *= root[c];
     }
@@ -233,7 +237,7 @@ struct Slot {
       std::fill(row + filled, row + count, 0.0);
       block_rows[t] = row;
     }
-    add_products<double>(block_rows.data(), 0, count, 0, num_tasks, block.get(), sums.get());
+    add_products<double>(block_rows.data(), 0, count, num_tasks, block.get(), sums.get());
   }
 
   void run(int64_t begin, int64_t end) {
