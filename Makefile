@@ -27,7 +27,7 @@ test: $(VENV)/.with-test  ## Run the tests
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 gpu: $(VENV)/.with-test  ## Run the GPU tests, on a machine with a GPU and a CUDA torch (PIP_ARGS, constraints.txt)
-	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
+	GRADSTATS_REQUIRE_COMPILED=1 $(BIN)/python -m pytest -m gpu $(TEST_ARGS)
 
 abi: $(VENV)/.with-torch  ## Test the wheel built with this torch under another one, OTHER_TORCH (downloads it)
 	rm -rf build/abi

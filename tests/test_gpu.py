@@ -1,5 +1,7 @@
 """The CUDA kernels on a GPU, against the reference on the CPU: ``make gpu`` runs this file where there is one."""
 
+import os
+
 import pytest
 import torch
 
@@ -16,7 +18,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @pytest.fixture(autouse=True)
 def compiled():
+    """A GPU and a CUDA torch do not make a CUDA toolkit: only `make gpu` and CI insist on the kernels."""
     backend = gradstats.backends()["cuda"]
+    if not backend.available and os.environ.get("GRADSTATS_REQUIRE_COMPILED") != "1":
+        pytest.skip(f"no CUDA kernels: {backend.detail}")
     assert backend.available, backend
 
 
