@@ -1,9 +1,14 @@
-"""Fixtures that several test files use."""
+"""Settings and fixtures for all test files."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run, so that a failure can be repeated; no limit on time, which a busy machine would break.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="module")
