@@ -1166,6 +1166,7 @@ def test_errors_name_the_argument() -> None:
         (TypeError, "group_by: expected a string for '0.weight'", {"group_by": len, "inputs": model.trunk}),
         (ValueError, "metric: expected 1 tensors", {"metric": [], "inputs": [w]}),
         (ValueError, r"metric\[0\]: expected shape \(7, 5\)", {"metric": [torch.ones(3)], "inputs": [w]}),
+        (ValueError, r"metric\[0\]: expected device", {"metric": [torch.ones(7, 5, device="meta")], "inputs": [w]}),
         (TypeError, r"metric\[0\]: expected a floating-point tensor", {"metric": [1.0], "inputs": [w]}),
         (TypeError, "metric: expected a mapping", {"metric": 1.0, "inputs": [w]}),
         (ValueError, "metric: a mapping needs named inputs", {"metric": {"w": w}, "inputs": [w]}),
@@ -1174,6 +1175,7 @@ def test_errors_name_the_argument() -> None:
         (ValueError, r"loss_scale: expected one number, got shape \(2,\)", {"loss_scale": torch.ones(2)}),
         (ValueError, r"weights: expected 3 numbers.*shape \(2,\)", {"weights": [1.0, 2.0]}),
         (ValueError, "weights: expected one for each of", {"weights": {"t0": 1.0}}),
+        (TypeError, "weights: expected one number per task, got None", {"weights": None}),
     ]
     for error, message, arguments in cases:
         arguments = {"losses": losses, **arguments}

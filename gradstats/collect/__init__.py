@@ -134,11 +134,13 @@ def backward(
         The statistics of the unweighted gradients.
 
     Raises:
-        TypeError: As :func:`from_losses`.
+        TypeError: As :func:`from_losses`, or if ``weights`` is None.
         ValueError: As :func:`from_losses`, or if ``weights`` does not hold one number for each task.
         NotImplementedError: As :func:`from_losses`.
         RuntimeError: As :func:`from_losses`.
     """
+    if weights is None:  # which stands for no backward, one layer below
+        raise TypeError("weights: expected one number per task, got None")
     _refuse_unbuilt(owner=owner, max_bytes=max_bytes, num_directions=num_directions)
     names, tensors = args.normal_losses(losses)
     return collect(

@@ -194,7 +194,7 @@ def metric_operand(metric: Metric | None, inputs: Named) -> list[Tensor]:
 
     Raises:
         TypeError: If ``metric`` or one of its entries has a wrong type.
-        ValueError: If an entry is missing or has another shape than its input.
+        ValueError: If an entry is missing or has another shape or device than its input.
     """
     if metric is None:
         return []
@@ -219,6 +219,8 @@ def metric_operand(metric: Metric | None, inputs: Named) -> list[Tensor]:
             raise ValueError(
                 f"metric[{k}]: expected shape {tuple(tensor.shape)} as its input, got {tuple(entry.shape)}"
             )
+        if entry.device != tensor.device:
+            raise ValueError(f"metric[{k}]: expected device {tensor.device} as its input, got {entry.device}")
     return diagonal
 
 
