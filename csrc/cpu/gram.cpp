@@ -24,8 +24,8 @@ namespace {
 constexpr int64_t kChunk = 128;
 // Distance of two rows in the scratch block: a line more, so that they do not meet in the same cache sets.
 constexpr int64_t kStride = kChunk + 8;
-// How far ahead each row asks for its cache lines, as measured. Far, because the tiles that ask come in bursts: while
-// the others multiply, what was asked for before must keep the memory busy. float64 does best with a single chunk.
+// How far ahead the cache lines of each row are asked for, as measured: far, because some tiles of a chunk only multiply
+// and the memory must stay busy meanwhile. float64 does best with a single chunk.
 template <class In>
 constexpr int64_t kPrefetchBytes = sizeof(In) == 8 ? 1024 : 3072;
 
@@ -116,7 +116,7 @@ SlotFn choose_slot_fn() {
 SlotFn choose_slot_fn() { return portable::gram_slot; }
 #endif
 
-// ---- the operator ----------------------------------------------------------------------------------------------------
+// ---- the operator ---------------------------------------------------------------------------------------------------
 
 // How many ranges the entries are cut into. A function of the sizes alone, so that any number of threads adds the
 // same numbers in the same order: enough ranges to feed many cores, each long enough to be worth a thread.

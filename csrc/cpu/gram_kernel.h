@@ -97,9 +97,30 @@ inline void convert_row(const Walk& walk, int64_t row, DType dtype, int64_t begi
 // Position of pair (i, j), i <= j, in the upper triangle stored row by row.
 inline int64_t pair_index(int64_t i, int64_t j, int64_t num_tasks) { return i * (2 * num_tasks - i - 1) / 2 + j; }
 
+// What one tile above the diagonal asks for: a few rows, such that all tiles together ask for every row, evenly spread.
+// From four tiles a side on, this keeps the memory busier than asking in the diagonal tiles, which come too seldom.
+template <class In>
+struct Asked {
+  const In* rows[kTile];
+
+  Asked(const void* const* all_rows, int64_t from, int64_t i, int64_t j, int64_t num_tasks) {
+    const int64_t side = (num_tasks + kTile - 1) / kTile, column = j / kTile;
+    const int64_t tile = column * (column - 1) / 2 + i / kTile, num_tiles = side * (side - 1) / 2;
+    for (int64_t r = 0; r < kTile; ++r) {
+      const int64_t row = std::min(tile * num_tasks / num_tiles + r, num_tasks - 1);
+      rows[r] = static_cast<const In*>(all_rows[row]) + from;
+    }
+  }
+
+  void prefetch(int64_t k) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < kTile; ++r) prefetch_ahead(rows[r] + k);
+  }
+};
+
 // Adds the products of rows [i, i + R) among themselves. The rows come from `rows`, and are kept in `block` where other
 // tiles want them too.
-template <int R, bool kKeep, class In>
+template <int R, bool kKeep, bool kAsk, class In>
 void add_diagonal_tile(const void* const* rows, int64_t from, int64_t count, int64_t i, int64_t num_tasks,
                        double* block, double* sums) {
   constexpr int64_t kLine = 64 / sizeof(In);
@@ -115,7 +136,7 @@ void add_diagonal_tile(const void* const* rows, int64_t from, int64_t count, int
   }
   for (int64_t line = 0; line < count; line += kLine) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) prefetch_ahead(in[r] + line);
+    for (int r = 0; kAsk && r < R; ++r) prefetch_ahead(in[r] + line);
     for (int64_t k = line; k < line + kLine; k += kLanes) {
       Vec x[R];
 #pragma GCC unroll 8
@@ -134,8 +155,9 @@ void add_diagonal_tile(const void* const* rows, int64_t from, int64_t count, int
 }
 
 // Adds the products of rows [i, i + kTile) with rows [j, j + C), i + kTile <= j.
-template <int C>
-void add_tile(const double* block, int64_t count, int64_t i, int64_t j, int64_t num_tasks, double* sums) {
+template <int C, bool kAsk, class In>
+void add_tile(const Asked<In>& asked, const double* block, int64_t count, int64_t i, int64_t j, int64_t num_tasks,
+              double* sums) {
   const double* a = block + i * kStride;
   const double* b = block + j * kStride;
   double* at[kTile];
@@ -147,6 +169,7 @@ void add_tile(const double* block, int64_t count, int64_t i, int64_t j, int64_t 
     for (int c = 0; c < C; ++c) sum[r][c] = load(at[r] + c * kLanes);
   }
   for (int64_t k = 0; k < count; k += kLanes) {
+    if (kAsk) asked.prefetch(k);
     Vec x[kTile];
 #pragma GCC unroll 8
     for (int r = 0; r < kTile; ++r) x[r] = load(a + r * kStride + k);
@@ -164,12 +187,14 @@ void add_tile(const double* block, int64_t count, int64_t i, int64_t j, int64_t 
 }
 
 // The tiles of columns [j, j + C): the diagonal one first, which brings their rows into cache, then those above it.
-template <int C, class In>
+template <int C, bool kSpread, class In>
 void add_tile_column(const void* const* rows, int64_t from, int64_t count, int64_t j, int64_t num_tasks,
                      double* block, double* sums) {
-  const auto diagonal = num_tasks > kTile ? add_diagonal_tile<C, true, In> : add_diagonal_tile<C, false, In>;
+  const bool keep = num_tasks > kTile;
+  const auto diagonal = keep ? add_diagonal_tile<C, true, !kSpread, In> : add_diagonal_tile<C, false, !kSpread, In>;
   diagonal(rows + j, from, count, j, num_tasks, block, sums);
-  for (int64_t i = 0; i < j; i += kTile) add_tile<C>(block, count, i, j, num_tasks, sums);
+  for (int64_t i = 0; i < j; i += kTile)
+    add_tile<C, kSpread>(Asked<In>(rows, from, i, j, num_tasks), block, count, i, j, num_tasks, sums);
 }
 
 // Adds the products of entries [from, from + count) of all rows; `count` is a multiple of a cache line.
@@ -179,7 +204,9 @@ void add_products(const void* const* rows, int64_t from, int64_t count, int64_t 
   static_assert(kTile == 3 || kTile == 4);
   for (int64_t j = 0; j < num_tasks; j += kTile) {
     const auto add = [&](auto width) {
-      add_tile_column<decltype(width)::value, In>(rows, from, count, j, num_tasks, block, sums);
+      constexpr int C = decltype(width)::value;
+      const auto column = num_tasks > 3 * kTile ? add_tile_column<C, true, In> : add_tile_column<C, false, In>;
+      column(rows, from, count, j, num_tasks, block, sums);
     };
     switch (std::min<int64_t>(kTile, num_tasks - j)) {
       case 1: add(std::integral_constant<int, 1>{}); break;
