@@ -24,8 +24,8 @@ namespace {
 constexpr int64_t kChunk = 128;
 // Distance of two rows in the scratch block: a line more, so that they do not meet in the same cache sets.
 constexpr int64_t kStride = kChunk + 8;
-// How far ahead the cache lines of each row are asked for, as measured: far, because some tiles of a chunk only multiply
-// and the memory must stay busy meanwhile. float64 does best with a single chunk.
+// How far ahead the cache lines of each row are asked for, as measured: far, because some tiles of a chunk only
+// multiply and the memory must stay busy meanwhile. float64 does best with a single chunk.
 template <class In>
 constexpr int64_t kPrefetchBytes = sizeof(In) == 8 ? 1024 : 3072;
 
