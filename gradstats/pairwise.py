@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradstats import ops
-from gradstats.stats import GradStats
+from gradstats.stats import GradStats, check_names
 
 #: The gradient of one task: one tensor, or one per parameter with None for a parameter that it does not reach.
 TaskGrads: TypeAlias = Tensor | Sequence[Tensor | None]
@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def pairwise(
-    grads: Tensor | Sequence[TaskGrads] | Mapping[str, TaskGrads],
+    grads: Tensor | Sequence[TaskGrads | None] | Mapping[str, TaskGrads],
     *,
     names: Sequence[str] | None = None,
     stacked: bool = False,
@@ -58,7 +58,7 @@ def pairwise(
             raise ValueError("grads: expected a sequence of blocks [T, *param] with stacked=True, got a mapping")
         if names is not None:
             raise ValueError("names: expected None where grads is a mapping, whose keys are the names")
-        names, grads = list(grads), list(grads.values())
+        names, grads = check_names(list(grads), len(grads), "grads"), list(grads.values())
     if stacked or isinstance(grads, Tensor):
         tensors, num_tasks, scale = _stacked_operands(grads, metric)
         stacked = True
@@ -69,24 +69,6 @@ def pairwise(
         gram = ops.gram(tensors, num_tasks, scale, stacked)
     present = torch.ones(num_tasks, dtype=torch.bool, device=gram.device)
     return GradStats(gram=gram, names=task_names, present=present)
-
-
-def check_names(names: Sequence[str] | None, num_tasks: int) -> tuple[str, ...]:
-    """``names`` as a tuple of ``num_tasks`` different strings, or the default names where None.
-
-    Raises:
-        ValueError: If their number is wrong or two are equal.
-        TypeError: If one is not a string.
-    """
-    if names is None:
-        return tuple(f"task{t}" for t in range(num_tasks))
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"names: expected a sequence of strings, got {names!r}")
-    if len(names) != num_tasks:
-        raise ValueError(f"names: expected {num_tasks} names, one per task, got {len(names)}")
-    if len(set(names)) != num_tasks:
-        raise ValueError(f"names: expected different names, got {list(names)}")
-    return tuple(names)
 
 
 def _stacked_operands(grads: object, metric: object) -> tuple[list[Tensor], int, list[Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradstats.collect import collect, signature
-from gradstats.pairwise import check_names
-from gradstats.stats import GradStats
+from gradstats.collect.driver import check_method, collect, signature
+from gradstats.stats import GradStats, check_names
 from gradstats.weighting import Weighting, create
 from gradstats.weighting.base import packed, unpacked
 
@@ -43,7 +43,8 @@ class Scalarizer(nn.Module):
         inputs: Where gradients are measured, as for :func:`gradstats.from_losses`; None for the shared parameters,
             which show at steps with the losses of at least two tasks: only these are recorded then.
         record_every: Also record the statistics at every ``record_every``-th step, whatever the weighting: a monitor.
-        accumulate: Micro-steps (calls) in an optimizer step.
+        accumulate: Micro-steps (calls) in an optimizer step. Every optimizer step must have that many: a loop that
+            steps early at the end of an epoch should drop the incomplete group.
         method: How Gramians are collected, as for :func:`gradstats.from_losses`.
         grad_scaler: The ``GradScaler`` of a float16 loop, so that recorded gradients are scaled like the user's own.
         **options: Options of the weighting, where it is given by name. For ``"fixed"``, ``weights`` may be a mapping
@@ -73,7 +74,10 @@ class Scalarizer(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.tasks = check_names(tasks, len(tasks))
+        if not isinstance(tasks, Sequence) or not tasks:
+            raise TypeError(f"tasks: expected a sequence of strings, at least one, got {tasks!r}")
+        self.tasks = check_names(tasks, len(tasks), "tasks")
+        check_method(method)
         for name, value in (("record_every", record_every), ("accumulate", accumulate)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
@@ -150,14 +154,18 @@ class Scalarizer(nn.Module):
                 raise ValueError(f"losses: expected tasks among {list(self.tasks)}, got {unknown}")
             listed = [losses.get(name) for name in self.tasks]
         else:
+            if not isinstance(losses, Sequence) and not (isinstance(losses, Tensor) and losses.ndim == 1):
+                got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+                raise TypeError(f"losses: expected a mapping, a sequence or a tensor [T], got {got}")
             listed = list(losses)
             if len(listed) != len(self.tasks):
                 raise ValueError(f"losses: expected {len(self.tasks)}, one per task, got {len(listed)}")
         for name, loss in zip(self.tasks, listed, strict=True):
             if loss is None:
                 continue
-            if not isinstance(loss, Tensor):
-                raise TypeError(f"losses: expected a tensor for task {name!r}, got {type(loss).__name__}")
+            if not isinstance(loss, Tensor) or not loss.is_floating_point():
+                got = str(loss.dtype) if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(f"losses: expected a floating-point tensor for task {name!r}, got {got}")
             if loss.numel() != 1:
                 raise ValueError(f"losses: expected a scalar for task {name!r}, got shape {tuple(loss.shape)}")
         if all(loss is None for loss in listed):
@@ -225,7 +233,7 @@ class Scalarizer(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Step counters for ``state_dict``, to be saved between steps; the weighting adds its own state."""
-        return packed({"tasks": list(self.tasks), "step": self._step, "monitored": self._monitored})
+        return packed([self._tasks_id(), self._step, self._monitored])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore what :meth:`get_extra_state` returned.
@@ -233,11 +241,15 @@ class Scalarizer(nn.Module):
         Raises:
             ValueError: If the state belongs to other tasks.
         """
-        values = unpacked(state)
-        if tuple(values["tasks"]) != self.tasks:
-            raise ValueError(f"state: expected tasks {list(self.tasks)}, got {list(values['tasks'])}")
-        self._step, self._monitored = values["step"], values["monitored"]
+        values = unpacked(state, [0, 0, 0])
+        if values is None or values[0] != self._tasks_id():
+            raise ValueError(f"state: expected tasks {list(self.tasks)}, got the state of a Scalarizer for others")
+        self._step, self._monitored = int(values[1]), int(values[2])
         self._micro_losses, self._micro_stats = [], []
+
+    def _tasks_id(self) -> int:
+        """A number that other task names do not have; below 2^53, exact in float64."""
+        return int.from_bytes(hashlib.sha256(repr(self.tasks).encode()).digest()[:6], "big")
 
 
 def _weighting(weighting: str | Weighting, tasks: tuple[str, ...], options: dict[str, Any]) -> Weighting:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,6 @@ from torch import Tensor
 from gradstats._files import written_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from matplotlib.figure import Figure
 
 
@@ -73,7 +72,8 @@ class GradStats:
         """Cosines ``C_ij = G_ij / (n_i n_j)``, float64 ``[T, T]``, in [-1, 1]; 0 with a zero gradient."""
         norms = self.norms
         safe = torch.where(norms == 0, 1.0, norms)
-        return (self.gram / safe[:, None] / safe[None, :]).clamp(-1.0, 1.0)
+        cosine = (self.gram / safe[:, None] / safe[None, :]).clamp(-1.0, 1.0)
+        return _symmetric(cosine, torch.where(norms.isfinite(), (norms > 0).double(), torch.nan))
 
     @property
     def magnitude_similarity(self) -> Tensor:
@@ -82,9 +82,9 @@ class GradStats:
         ratio = norms[:, None] / norms[None, :]
         similarity = 2.0 / (ratio + 1.0 / ratio)
         zero = (norms == 0)[:, None] | (norms == 0)[None, :]
-        # A zero row beside a non-finite one stays non-finite: nothing hides a broken gradient but its own absence.
-        finite = torch.isfinite(norms)
-        return torch.where(zero & finite[:, None] & finite[None, :], 0.0, similarity)
+        finite = norms.isfinite()[:, None] & norms.isfinite()[None, :]
+        similarity = torch.where(finite, torch.where(zero, 0.0, similarity), torch.nan)
+        return _symmetric(similarity, similarity.diagonal())
 
     # ---- scalars ----------------------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ class GradStats:
         """
         keep = self.present.cpu()
         gram = self.gram.detach().cpu()[keep][:, keep]
-        return torch.tensor(_condition_number(gram), dtype=torch.float64)
+        return torch.tensor(_condition_number(gram), dtype=torch.float64, device="cpu")
 
     # ---- under weights ----------------------------------------------------------------------------------------------
 
@@ -150,10 +150,15 @@ class GradStats:
         scaled = scaled / torch.where(largest == 0, 1.0, largest)
         projections = self.cosine @ scaled
         length = (scaled @ projections).clamp_min(0.0).sqrt()
-        return torch.where(length == 0, 0.0, projections / length).clamp(-1.0, 1.0)
+        # A sum that cancels to rounding has no direction.
+        noise = math.sqrt(self.num_tasks * torch.finfo(torch.float64).eps) * scaled.abs().sum()
+        return torch.where(length <= noise, 0.0, projections / length).clamp(-1.0, 1.0)
 
     def _as_weights(self, weights: Tensor | Sequence[float]) -> Tensor:
-        w = torch.as_tensor(weights, dtype=torch.float64, device=self.gram.device)
+        try:
+            w = torch.as_tensor(weights, dtype=torch.float64, device=self.gram.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"weights: expected {self.num_tasks} numbers, one per task, got {weights!r}") from error
         if w.shape != (self.num_tasks,):
             raise ValueError(f"weights: expected {self.num_tasks} numbers, one per task, got shape {tuple(w.shape)}")
         return w
@@ -241,11 +246,13 @@ class GradStats:
 
         Raises:
             ValueError: If the file does not hold a saved ``GradStats``.
+            OSError: If it cannot be read.
         """
-        state = torch.load(path, map_location="cpu", weights_only=True)
         try:
-            return cls._from_state(state)
-        except (TypeError, KeyError) as error:
+            return cls._from_state(torch.load(path, map_location="cpu", weights_only=True))
+        except OSError:
+            raise
+        except Exception as error:  # whatever the unpickler makes of a file of another kind
             raise ValueError(f"path: {os.fspath(path)!r} does not hold a saved GradStats") from error
 
     def _state(self) -> dict[str, Any]:
@@ -281,6 +288,30 @@ class GradStats:
         }
         lines.append(", ".join(f"{label} {float(value):.4g}" for label, value in summary.items()))
         return "\n".join(lines)
+
+
+def check_names(names: Sequence[str] | None, num_tasks: int, argument: str = "names") -> tuple[str, ...]:
+    """``names`` as a tuple of ``num_tasks`` different strings, or the default names where None.
+
+    Raises:
+        ValueError: If their number is wrong or two are equal.
+        TypeError: If it is not a sequence (sets have no order) of strings.
+    """
+    if names is None:
+        return tuple(f"task{t}" for t in range(num_tasks))
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{argument}: expected a sequence of strings, one per task, got {names!r}")
+    if len(names) != num_tasks:
+        raise ValueError(f"{argument}: expected {num_tasks} names, one per task, got {len(names)}")
+    if len(set(names)) != num_tasks:
+        raise ValueError(f"{argument}: expected different names, got {list(names)}")
+    return tuple(names)
+
+
+def _symmetric(values: Tensor, diagonal: Tensor) -> Tensor:
+    """The upper triangle on both sides: rounding differs between ``(x / a) / b`` and ``(x / b) / a``."""
+    upper = values.triu(1)
+    return upper + upper.T + torch.diag(diagonal)
 
 
 def _largest(a: float | None, b: float | None) -> float | None:

@@ -542,6 +542,31 @@ def test_state_dict_in_the_middle_continues_exactly(weighting: str, stop: int) -
     assert torch.equal(whole[2].weights, resumed[2].weights)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"tasks": "abc"}, TypeError, "tasks: expected a sequence of strings"),
+        ({"tasks": {"a", "b"}}, TypeError, "tasks: expected a sequence of strings"),
+        ({"tasks": None}, TypeError, "^tasks: expected a sequence"),
+        ({"tasks": []}, TypeError, "^tasks: expected a sequence"),
+        ({"tasks": ["a", "a"]}, ValueError, "tasks: expected different names"),
+        ({"tasks": ["a"], "method": "fastest"}, ValueError, "method: expected one of"),
+        ({"tasks": ["a"], "method": "sketch"}, NotImplementedError, "method: 'sketch' is not built yet"),
+        ({"tasks": ["a"], "accumulate": 0}, ValueError, "accumulate: expected a positive integer"),
+        ({"tasks": ["a"], "record_every": 0.5}, ValueError, "record_every: expected a positive integer"),
+    ],
+)
+def test_wrong_arguments_are_refused_when_the_scalarizer_is_made(arguments: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        gradstats.Scalarizer("uniform", **arguments)
+
+
+@pytest.mark.parametrize("losses", [None, 5, torch.tensor(1.0), [torch.tensor(1)], [torch.tensor(1j)]])
+def test_wrong_losses_are_refused_by_name(losses: object) -> None:
+    with pytest.raises(TypeError, match="losses: expected"):
+        gradstats.Scalarizer("uniform", tasks=["a"])(losses)
+
+
 def test_state_of_other_tasks_is_refused() -> None:
     saved = gradstats.Scalarizer("slaw", tasks=["a", "b"]).state_dict()
     with pytest.raises(ValueError, match="expected tasks"):

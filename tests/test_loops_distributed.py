@@ -2,9 +2,7 @@
 
 import contextlib
 import logging
-import os
 import runpy
-import socket
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -174,10 +172,13 @@ def accumulation(rank: int) -> dict:
     return {"gram": scalarizer.stats.gram, "grads": grads_of(model)}
 
 
-def worker(rank: int, folder: str, ports: tuple[int, int]) -> None:
+def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[0]))
-    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT / 2))
+    # Through a file: a port found free may be taken by the time it is used.
+    meeting = f"file://{folder}/store"
+    dist.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=timedelta(seconds=TIMEOUT / 2)
+    )
     results = {
         "autoscale": autoscale(rank),
         "batched": first_step(rank, "batched"),
@@ -185,29 +186,20 @@ def worker(rank: int, folder: str, ports: tuple[int, int]) -> None:
         "missing": missing_task(rank),
         "not_finite": not_finite_on_one_rank(rank),
         "accumulation": accumulation(rank),
+        "example": runpy.run_path(str(EXAMPLES / "ddp.py"))["main"](),
     }
     dist.destroy_process_group()
-    os.environ["MASTER_PORT"] = str(ports[1])
-    results["example"] = runpy.run_path(str(EXAMPLES / "ddp.py"))["main"]()
     torch.save(results, Path(folder) / f"{rank}.pt")
 
 
 # ---- the tests ----------------------------------------------------------------------------------------------------
 
 
-def free_ports(count: int) -> tuple[int, ...]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = tuple(s.getsockname()[1] for s in sockets)
-    for s in sockets:
-        s.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each rank has found."""
     folder = tmp_path_factory.mktemp("ranks")
-    context = torch.multiprocessing.spawn(worker, (str(folder), free_ports(2)), WORLD, join=False)
+    context = torch.multiprocessing.spawn(worker, (str(folder),), WORLD, join=False)
     deadline = time.monotonic() + TIMEOUT
     try:
         while not context.join(timeout=1.0):

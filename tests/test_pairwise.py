@@ -264,8 +264,11 @@ def test_refusals_of_options():
             pairwise(two, **options)
     with pytest.raises(TypeError, match=re.escape("metric[0]: expected float32")):
         pairwise(two, metric=rows().long())
-    with pytest.raises(TypeError, match="names: expected a sequence of strings"):
-        pairwise(two, names="ab")
+    for names in ("ab", {"a", "b"}, 5, [1, 2]):
+        with pytest.raises(TypeError, match="names: expected a sequence of strings"):
+            pairwise(two, names=names)
+    with pytest.raises(TypeError, match="grads: expected a sequence of strings"):
+        pairwise({1: rows(), 2: rows()})
     with pytest.raises(ValueError, match="stacked=True, got a mapping"):
         pairwise({"a": rows()}, stacked=True)
     with pytest.raises(ValueError, match="names: expected None where grads is a mapping"):

@@ -112,10 +112,29 @@ def test_a_broken_task_touches_its_own_row_and_column_alone(bad):
     assert "not finite" in repr(stats)
 
 
-def test_a_broken_task_beside_a_zero_gradient_is_not_hidden():
-    stats = stats_of(torch.tensor([[math.inf, 1.0], [0.0, 0.0]]))
-    assert stats.finite.tolist() == [False, True]
-    assert not math.isfinite(float(stats.cosine[0, 1]))
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_broken_task_is_hidden_neither_by_a_zero_gradient_nor_by_a_ratio(bad):
+    stats = stats_of(torch.tensor([[bad, 1.0], [0.0, 0.0], [1.0, 2.0]]))
+    assert stats.finite.tolist() == [False, True, True]
+    for metric in (stats.cosine, stats.magnitude_similarity):
+        assert metric[0].isnan().all()
+        assert metric[:, 0].isnan().all()
+        assert metric[1:, 1:].isfinite().all()
+    assert math.isnan(float(stats.mean_magnitude_similarity))
+
+
+def test_pairwise_metrics_are_exactly_symmetric_with_a_diagonal_of_one():
+    for seed in range(20):
+        stats = stats_of(random_jacobian(6, seed))
+        for metric in (stats.cosine, stats.magnitude_similarity):
+            assert torch.equal(metric, metric.T)
+            assert metric.diagonal().tolist() == [1.0] * 6
+
+
+def test_condition_number_is_on_the_cpu_whatever_the_default_device():
+    stats = stats_of(random_jacobian(3))
+    with torch.device("meta"):
+        assert stats.condition_number.device.type == "cpu"
 
 
 def test_absent_tasks_do_not_count():
@@ -138,8 +157,9 @@ def test_weighted_and_alignment_are_those_of_the_weighted_gradients():
     torch.testing.assert_close(stats.alignment(weights), expected)
     huge = stats_of(plain * 1e140)
     torch.testing.assert_close(huge.alignment(weights.tolist()), expected)
-    with pytest.raises(ValueError, match="weights: expected 4 numbers"):
-        stats.weighted([1.0, 2.0])
+    for bad in ([1.0, 2.0], None, "abcd"):
+        with pytest.raises(ValueError, match="weights: expected 4 numbers"):
+            stats.weighted(bad)
 
 
 def test_addition_over_disjoint_parameters():
@@ -192,8 +212,12 @@ def test_save_and_load_round_trip(tmp_path):
     assert loaded.method == "batched"
     assert [p.name for p in tmp_path.iterdir()] == ["stats.pt"]
     torch.save({"something": 1}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"path: .*does not hold"):
-        GradStats.load(tmp_path / "other.pt")
+    (tmp_path / "junk.pt").write_bytes(b"not a file of torch's")
+    for name in ("other.pt", "junk.pt"):
+        with pytest.raises(ValueError, match=r"path: .*does not hold"):
+            GradStats.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        GradStats.load(tmp_path / "missing.pt")
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

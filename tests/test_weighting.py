@@ -354,6 +354,36 @@ def test_state_continues_exactly(name, stop, tmp_path):
     assert torch.equal(second.weights, whole.weights)
 
 
+def test_state_has_one_size_and_survives_a_cast(tmp_path):
+    """Sharded checkpoints load into tensors of the same size; casting a model must not round the weights."""
+    weighting = create("autoscale", 3, total_steps=500, windows=4)
+    sizes = {weighting.state_dict()["_extra_state"].shape}
+    for _ in range(12):
+        run(weighting, 10)
+        sizes.add(weighting.state_dict()["_extra_state"].shape)
+    assert len(sizes) == 1
+    expected = weighting.weights.clone()
+    weighting.to(torch.bfloat16)
+    assert torch.equal(weighting.weights, expected)
+    for other in (create("autoscale", 2, total_steps=500, windows=4), create("autoscale", 3, total_steps=50)):
+        with pytest.raises(ValueError, match="state: expected that of AutoScale"):
+            other.load_state_dict(weighting.state_dict())
+
+
+def test_the_default_device_does_not_matter():
+    with torch.device("meta"):
+        weighting = create("autoscale", 2, total_steps=100, windows=2, cost="condition", predictor="exponential")
+        slaw = create("slaw", 2)
+    for step in range(20):
+        jacobian = torch.tensor([[3.0, 1.0 + step], [1.0, 20.0]], dtype=torch.float64)
+        stats = stats_of(jacobian)
+        with torch.device("meta"):
+            weighting(jacobian[0], stats)
+            slaw(jacobian[0])
+    assert weighting.weights.device.type == "cpu"
+    assert slaw.weights.device.type == "cpu"
+
+
 def test_state_of_another_weighting_is_refused():
     with pytest.raises(ValueError, match="state: expected"):
         create("slaw", 2).load_state_dict(create("autoscale", 2, total_steps=10).state_dict())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -66,7 +68,16 @@ class AutoScale(Weighting):
         ValueError: If an option is out of its range.
     """
 
-    STATE = ("step", "weights", "window_weights", "_window_gram", "_grams", "_losses")
+    STATE = (
+        "step",
+        "weights",
+        "_num_found",
+        "_window_weights",
+        "_window_gram",
+        "_num_samples",
+        "_grams",
+        "_losses",
+    )
 
     def __init__(
         self,
@@ -99,11 +110,19 @@ class AutoScale(Weighting):
         self.windows = min(windows, max(1, self.explore_steps // _SHORTEST_WINDOW))
         self.samples_per_window = samples_per_window
         self.step = 0
-        #: Weights found by the windows so far, each with ``sum(w) = T``: float64 ``[windows so far, T]``.
-        self.window_weights = torch.empty(0, num_tasks, dtype=torch.float64)
-        self._window_gram = torch.zeros(num_tasks, num_tasks, dtype=torch.float64)
-        self._grams: list[Tensor] = []
-        self._losses: list[Tensor] = []
+        # Everything recorded is on the CPU, where the small problems are solved, and has its full size from the start.
+        zeros = functools.partial(torch.zeros, dtype=torch.float64, device="cpu")
+        self._num_found = 0
+        self._window_weights = zeros(self.windows, num_tasks)
+        self._window_gram = zeros(num_tasks, num_tasks)
+        self._num_samples = 0
+        self._grams = zeros(samples_per_window, num_tasks, num_tasks)
+        self._losses = zeros(samples_per_window, num_tasks)
+
+    @property
+    def window_weights(self) -> Tensor:
+        """Weights found by the windows so far, each with ``sum(w) = T``: float64 ``[windows so far, T]``."""
+        return self._window_weights[: self._num_found]
 
     @property
     def exploring(self) -> bool:
@@ -133,7 +152,7 @@ class AutoScale(Weighting):
         # A sample that could not be taken stays due, so the next step takes it.
         start, length = self._window()
         samples = min(self.samples_per_window, length)
-        return len(self._losses) < (self.step - start + 1) * samples // length
+        return self._num_samples < (self.step - start + 1) * samples // length
 
     def forward(self, losses: Tensor, stats: GradStats | None = None) -> Tensor:
         """Record the step if it is due and return the weights in force; the last step of a window prepares the next."""
@@ -141,9 +160,10 @@ class AutoScale(Weighting):
         if not self.exploring:
             return weights
         if self._sample_is_due() and (stats is not None or "gramian" not in self.needs):
-            self._losses = [*self._losses, losses.detach().double().cpu()]
+            self._losses[self._num_samples] = losses.detach()
             if stats is not None:
-                self._grams = [*self._grams, stats.gram.detach().cpu()]
+                self._grams[self._num_samples] = stats.gram.detach()
+            self._num_samples += 1
         start, length = self._window()
         self.step += 1
         if self.step == start + length:
@@ -151,26 +171,24 @@ class AutoScale(Weighting):
         return weights
 
     def _close_window(self) -> None:
-        if self._losses:
-            self.window_weights = torch.cat([self.window_weights, self._solve()[None]])
-            if self._grams:
-                self._window_gram = torch.stack(self._grams).mean(0)
+        if self._num_samples:
+            grams, losses = self._grams[: self._num_samples], self._losses[: self._num_samples]
+            self._window_weights[self._num_found] = self._solve(grams, losses)
+            self._window_gram = grams.mean(0)
+            self._num_found += 1
         else:
             logger.warning("AutoScale: no step of the window ending at step %d could be recorded", self.step)
-        self._grams, self._losses = [], []
-        if len(self.window_weights):
+        self._num_samples = 0
+        if self._num_found:
             last = self.window_weights[-1]
             self.weights = self._scaled(last if self.exploring else predict(self.window_weights, self.predictor))
 
-    def _solve(self) -> Tensor:
+    def _solve(self, grams: Tensor, losses: Tensor) -> Tensor:
         """Weights of the window just recorded, float64 ``[T]`` with ``sum(w) = T``."""
-        if self.cost == "loss":
-            log_weights = balancing_log_weights(torch.stack(self._losses), self.weights.cpu())
-        else:
-            grams = torch.stack(self._grams)
-            log_weights = balancing_log_weights(grams.diagonal(dim1=1, dim2=2).sqrt(), self.weights.cpu())
-            if self.cost == "condition":
-                log_weights = least_condition_log_weights(grams, log_weights)
+        sizes = losses if self.cost == "loss" else grams.diagonal(dim1=1, dim2=2).sqrt()
+        log_weights = balancing_log_weights(sizes, self.weights.cpu())
+        if self.cost == "condition":
+            log_weights = least_condition_log_weights(grams, log_weights)
         return _normalized(log_weights)
 
     def _scaled(self, weights: Tensor) -> Tensor:
@@ -225,7 +243,7 @@ def least_condition_log_weights(grams: Tensor, start: Tensor) -> Tensor:
     scaled = scaled[eigenvalues[:, 0] > num_tasks * torch.finfo(torch.float64).eps * eigenvalues[:, -1]]
     if num_tasks == 1 or not len(scaled):
         return start
-    shift = torch.zeros(num_tasks, dtype=torch.float64, requires_grad=True)
+    shift = torch.zeros_like(start, requires_grad=True)
     for temperature in (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6):
         _minimise(shift, scaled, temperature)
     return start + shift.detach()
@@ -263,13 +281,13 @@ def predict(window_weights: Tensor, predictor: Predictor) -> Tensor:
     logs = window_weights.log()
     logs = logs - logs.mean(1, keepdim=True)  # only ratios carry information; sum(w) = T bends them
     num = len(logs)
-    middles = torch.arange(num, dtype=torch.float64) + 0.5
+    middles = torch.arange(num, dtype=torch.float64, device=logs.device) + 0.5
     if predictor == "last" or num == 1:
         result = logs[-1]
     elif predictor == "mean":
         result = logs.mean(0)
     elif predictor == "ema":
-        share = _EMA_BETA ** torch.arange(num - 1, -1, -1, dtype=torch.float64)
+        share = _EMA_BETA ** (num - 0.5 - middles)
         result = share @ logs / share.sum()
     elif predictor == "linear" or num == 2:
         result = _fitted(middles, middles.new_tensor(num), logs)[0]
@@ -290,13 +308,13 @@ def _fitted(feature: Tensor, at: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
 def _exponential(middles: Tensor, logs: Tensor) -> Tensor:
     """``a + b exp(-x/τ)`` at the end of phase 1, with the τ (in windows, on a grid) of least squared residual."""
     end = middles.new_tensor(len(middles))
-    decay_times = torch.logspace(-0.5, 2.0, 51, dtype=torch.float64)
+    decay_times = torch.logspace(-0.5, 2.0, 51, dtype=torch.float64, device=logs.device)
     fits = [_fitted(torch.exp(-middles / tau), torch.exp(-end / tau), logs) for tau in decay_times]
     return min(fits, key=lambda fit: float(fit[1]))[0]
 
 
 def _normalized(log_weights: Tensor) -> Tensor:
     """``exp`` of the clamped logarithms, scaled to ``sum(w) = T``."""
-    bound = torch.tensor(WEIGHT_RANGE, dtype=torch.float64).log()
+    bound = math.log(WEIGHT_RANGE)
     centred = (log_weights - log_weights.mean()).clamp(-bound, bound)
     return len(log_weights) * torch.softmax(centred, 0)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gradstats.stats import GradStats
 
 
@@ -17,7 +18,8 @@ class Weighting(nn.Module, ABC):
     """Policy that maps losses and, where it wants them, gradient statistics to one weight per task.
 
     A weighting never sees a gradient. Its state travels in ``state_dict``: subclasses name the attributes that make
-    it up in ``STATE`` (tensors and plain numbers; not buffers, which casting a model to bfloat16 would round).
+    it up in ``STATE``: integers and float64 tensors, whose shapes never change. They are no buffers, which casting a
+    model to bfloat16 would round.
 
     Args:
         num_tasks: Number of tasks ``T``.
@@ -36,7 +38,7 @@ class Weighting(nn.Module, ABC):
         if not isinstance(num_tasks, int) or num_tasks < 1:
             raise ValueError(f"num_tasks: expected a positive integer, got {num_tasks!r}")
         self.num_tasks = num_tasks
-        self.weights = torch.ones(num_tasks, dtype=torch.float64)
+        self.weights = torch.ones(num_tasks, dtype=torch.float64, device="cpu")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -62,31 +64,39 @@ class Weighting(nn.Module, ABC):
 
     def get_extra_state(self) -> Tensor:
         """The attributes named in ``STATE``, for ``state_dict``."""
-        return packed({name: getattr(self, name) for name in self.STATE})
+        return packed([getattr(self, name) for name in self.STATE])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore what :meth:`get_extra_state` returned; tensors come back on the CPU.
 
         Raises:
-            ValueError: If the state is not that of this kind of weighting.
+            ValueError: If the state is not that of this kind of weighting with this number of tasks and these options.
         """
-        values = unpacked(state)
-        if set(values) != set(self.STATE):
-            raise ValueError(f"state: expected {sorted(self.STATE)} for {type(self).__name__}, got {sorted(values)}")
-        for name, value in values.items():
+        values = unpacked(state, [getattr(self, name) for name in self.STATE])
+        if values is None:
+            raise ValueError(f"state: expected that of {type(self).__name__} for {self.num_tasks} tasks")
+        for name, value in zip(self.STATE, values, strict=True):
             setattr(self, name, value)
 
 
-def packed(state: dict[str, Any]) -> Tensor:
-    """``state`` as a uint8 tensor: safetensors, in which Hugging Face's Trainer saves, takes tensors alone."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+def packed(values: Sequence[int | Tensor]) -> Tensor:
+    """Integers and float64 tensors as one uint8 tensor of a size that depends on their shapes alone.
+
+    That is what every kind of checkpoint takes: safetensors wants tensors, ``torch.distributed.checkpoint`` tensors
+    that keep their size, and casting a model to bfloat16 leaves uint8 as it is.
+    """
+    flat = [torch.as_tensor(value, dtype=torch.float64, device="cpu").reshape(-1) for value in values]
+    return torch.cat([torch.zeros(0, dtype=torch.float64, device="cpu"), *flat]).view(torch.uint8)
 
 
-def unpacked(state: Tensor) -> dict[str, Any]:
-    """The dictionary given to :func:`packed`, with its tensors on the CPU."""
-    content: dict[str, Any] = torch.load(
-        io.BytesIO(state.cpu().numpy().tobytes()), map_location="cpu", weights_only=True
-    )
-    return content
+def unpacked(state: Tensor, like: Sequence[int | Tensor]) -> list[int | Tensor] | None:
+    """What was given to :func:`packed`, shaped like ``like``; None if ``state`` has another size."""
+    sizes = [value.numel() if isinstance(value, Tensor) else 1 for value in like]
+    if not isinstance(state, Tensor) or state.numel() != 8 * sum(sizes):
+        return None
+    parts = torch.split(state.detach().cpu().clone().view(torch.float64), sizes)
+    # Cloned: a tensor that starts elsewhere in a cache line may be summed in another order.
+    return [
+        part.clone().reshape(old.shape) if isinstance(old, Tensor) else int(part)
+        for part, old in zip(parts, like, strict=True)
+    ]

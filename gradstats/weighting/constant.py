@@ -29,10 +29,13 @@ class Fixed(Weighting):
 
     def __init__(self, num_tasks: int, weights: Sequence[float] | Tensor) -> None:
         super().__init__(num_tasks)
-        values = [float(w) for w in weights]
+        try:
+            values = [float(w) for w in weights]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"weights: expected {num_tasks} numbers, got {weights!r}") from error
         if len(values) != num_tasks or not all(math.isfinite(w) and w >= 0 for w in values):
             raise ValueError(f"weights: expected {num_tasks} finite, non-negative numbers, got {values}")
-        self.weights = torch.tensor(values, dtype=torch.float64)
+        self.weights = torch.tensor(values, dtype=torch.float64, device="cpu")
 
     def forward(self, losses: Tensor, stats: GradStats | None = None) -> Tensor:
         """Return the fixed weights."""

@@ -39,9 +39,9 @@ class SLAW(Weighting):
         if not 0.0 < beta < 1.0:
             raise ValueError(f"beta: expected a number in (0, 1), got {beta!r}")
         self.beta = beta
-        self.count = torch.zeros(num_tasks, dtype=torch.float64)
-        self.mean = torch.zeros(num_tasks, dtype=torch.float64)
-        self.variance = torch.zeros(num_tasks, dtype=torch.float64)
+        self.count = torch.zeros(num_tasks, dtype=torch.float64, device="cpu")
+        self.mean = torch.zeros(num_tasks, dtype=torch.float64, device="cpu")
+        self.variance = torch.zeros(num_tasks, dtype=torch.float64, device="cpu")
 
     @property
     def needs(self) -> frozenset[str]:
