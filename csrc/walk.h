@@ -64,8 +64,8 @@ inline bool loops_merge(const Walk& walk, int64_t outer, int64_t inner) {
 
 }  // namespace detail
 
-// Reduces the loops to the fewest, but at least one, that visit the same entries: memory order where all tasks share strides, else
-// the logical (row-major) order, which is the only one that they have in common.
+// Reduces the loops to the fewest, but at least one, that visit the same entries: memory order where all tasks share
+// strides, else the logical (row-major) order, which is the only one that they have in common.
 inline void simplify(Walk& walk, int64_t num_tasks) {
   std::vector<int64_t> order;
   for (int64_t d = 0; d < walk.num_loops(); ++d)

@@ -122,7 +122,9 @@ SlotFn choose_slot_fn() { return portable::gram_slot; }
 // same numbers in the same order: enough ranges to feed many cores, each long enough to be worth a thread.
 int64_t num_slots(int64_t entries, int64_t num_tasks) {
   constexpr int64_t kMaxSlots = 128, kMinReads = int64_t{1} << 17;
-  return std::clamp<int64_t>(entries * num_tasks / kMinReads, 1, kMaxSlots);
+  constexpr int64_t kMaxSums = int64_t{1} << 21;  // of all ranges together: 16 MiB of partial sums
+  const int64_t most = std::clamp<int64_t>(kMaxSums / (num_tasks * (num_tasks + 1) / 2), 1, kMaxSlots);
+  return std::clamp<int64_t>(entries * num_tasks / kMinReads, 1, most);
 }
 
 Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> metric, bool stacked) {
