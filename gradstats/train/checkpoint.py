@@ -22,7 +22,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Write ``checkpoint`` to ``path`` in one move, on disk when this returns."""
+        """Write ``checkpoint`` to ``path`` in one move."""
         with written_atomically(path) as file:
             torch.save(checkpoint, file)
 

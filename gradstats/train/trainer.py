@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from operator import length_hint
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.fabric import Fabric, wrappers
@@ -191,6 +191,10 @@ class Trainer:
     ) -> History:
         """Train, and validate after every epoch.
 
+        A run that ``max_steps`` ended in mid-epoch counts that epoch as done, so with a larger ``max_steps`` it goes
+        on with the next one. A second call without ``resume`` starts counters and history anew but not the model, the
+        optimizer or the scalarizer, whose exploration is over by then: make new ones to train again from scratch.
+
         Args:
             train_loader: ``DataLoader`` of the training batches.
             val_loader: ``DataLoader`` of the validation batches. Losses are averaged over samples, whose number in a
@@ -204,8 +208,9 @@ class Trainer:
         Raises:
             ValueError: If a checkpoint of a different set-up is to be resumed, or ``monitor`` names no column.
             FileNotFoundError: If ``resume`` is a path where there is no file.
-            FloatingPointError: If a training loss is NaN or infinite; names the task. The parameters stay as they were
-                before that step.
+            FloatingPointError: If a training loss is NaN or infinite, on any process; names the task. The parameters
+                stay as they were before that step.
+            RuntimeError: If a gradient is not finite and ``clip_norm`` is given.
         """
         if resume is True and self._directory is None:
             raise ValueError("directory: expected the folder to resume from, got None")
@@ -302,10 +307,18 @@ class Trainer:
 
     def _finite_values(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
         values = _values(losses)
-        for task, value in values.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the loss of task {task!r} is {value} at step {self.progress.step + 1}")
+        broken = [f"the loss of task {task!r} is {value}" for task, value in values.items() if not math.isfinite(value)]
+        if self._on_any_process(bool(broken)):
+            what = ", ".join(broken) or "a loss on another process is not finite"
+            raise FloatingPointError(f"{what} at step {self.progress.step + 1}")
         return values
+
+    def _on_any_process(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on one of them, so that none is left waiting for one that has stopped."""
+        if self.fabric.world_size == 1:
+            return flag
+        total = self.fabric.all_reduce(torch.tensor(float(flag), device=self.fabric.device), reduce_op="sum")
+        return bool(cast("Tensor", total))
 
     @torch.no_grad()
     def _validate(self, loader: Any) -> dict[str, float]:
