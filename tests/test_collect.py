@@ -25,7 +25,7 @@ Losses = dict[str, Tensor]
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     # What earlier tests taught about vmap must not change what this one does.
-    monkeypatch.setattr(driver, "_vmap_takes", {})
+    monkeypatch.setattr(driver, "_refused", set())
 
 
 def oracle(
@@ -662,7 +662,7 @@ def test_groups_by_parameter_and_by_function() -> None:
 @pytest.mark.parametrize("method", ["auto", *METHODS])
 def test_the_graph_is_kept_or_freed(method: str) -> None:
     model = mlp()
-    for _ in range(2):  # "auto" tries vmap at the first graph of a kind and knows at the second
+    for _ in range(2):
         losses = model()
         gradstats.from_losses(losses, method=method)
         with pytest.raises(RuntimeError, match="second time"):
@@ -683,6 +683,26 @@ def test_the_graph_is_kept_or_freed(method: str) -> None:
             sum(losses.values()).backward()
         with pytest.raises(RuntimeError, match="second time"):
             gradstats.from_losses(losses, method=method)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_freeing_the_graph_leaves_the_rest_alone(model: nn.Module, fused: bool) -> None:
+    losses = model()
+    params = [p for p in model.parameters() if p.requires_grad]
+    want = [_grad(sum(losses.values()), p) for p in params]
+    before = snapshot(model)
+    stats = (
+        gradstats.backward(losses, torch.ones(len(losses)), model) if fused else gradstats.from_losses(losses, model)
+    )
+    assert stats.method == "batched"
+    assert_same(before, snapshot(model))
+    for p, grad in zip(params, want, strict=True):
+        if fused and grad is not None:
+            torch.testing.assert_close(p.grad, grad, rtol=1e-10, atol=1e-12)
+        else:
+            assert p.grad is None
+    with pytest.raises(RuntimeError, match="second time"):
+        sum(losses.values()).backward()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -840,12 +860,12 @@ def test_falls_back_where_vmap_refuses(build: Callable[[], Heads], caplog: pytes
         gradstats.from_losses(losses, model, method="batched", retain_graph=True)
     # Tried for the first time with a graph that need not be kept: the second try must find it whole.
     for collects in (gradstats.from_losses, lambda losses, _: gradstats.backward(losses, torch.ones(3), model)):
-        driver._vmap_takes.clear()
+        driver._refused.clear()
         stats = collects(model(), model)
         assert stats.method == "sequential"
         assert_close(stats.gram, want, 1e-6)
     model.zero_grad()
-    driver._vmap_takes.clear()
+    driver._refused.clear()
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="gradstats"):
         for _ in range(3):
@@ -860,28 +880,82 @@ def test_falls_back_where_vmap_refuses(build: Callable[[], Heads], caplog: pytes
     (warning,) = [record for record in caplog.records if record.name.startswith("gradstats")]
     assert warning.levelname == "WARNING"
     assert "sequential" in warning.getMessage()
+    assert "\n" not in warning.getMessage()
     fused = [p.grad.to_dense() for p in params]
     model.zero_grad()
     for _ in range(3):
         sum(losses.values()).backward(retain_graph=True)
     torch.testing.assert_close(fused, [p.grad.to_dense() for p in params])
-    # A second model that vmap refuses is not announced; one that it takes is not affected.
-    other = gradstats.from_losses(mlp()())
-    assert other.method == "batched"
-    assert sum(record.name.startswith("gradstats") for record in caplog.records) == 1
+    # A model that it takes is not affected; another one that it refuses is announced.
+    assert gradstats.from_losses(mlp()()).method == "batched"
+    assert gradstats.from_losses(build()()).method == "sequential"
+    assert sum(record.name.startswith("gradstats") for record in caplog.records) == 2
 
 
-def test_a_late_refusal_says_what_to_do() -> None:
-    """A graph of a kind that worked, whose hook now reads values: there is no second try on a graph half freed."""
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("where", ["weight", "activation"])
+def test_a_hook_added_later_falls_back(where: str, fused: bool) -> None:
+    """What worked at one step may be refused at the next, where nothing of the graph shows why."""
     model = mlp()
-    gradstats.from_losses(model(), model.trunk)
-    losses = model()
-    handle = model.trunk[0].weight.register_hook(lambda grad: grad * float(grad.sum()))
-    with pytest.raises(RuntimeError, match="pass method='sequential' or retain_graph=True"):
-        gradstats.from_losses(losses, model.trunk)
-    losses = model()
-    assert gradstats.from_losses(losses, model.trunk, retain_graph=True).method == "sequential"
+    hooked = False
+
+    def collects() -> gradstats.GradStats:
+        model.zero_grad()
+        features = model.features()
+        if hooked:
+            (features if where == "activation" else model.trunk[0].weight).register_hook(lambda g: g * float(g.norm()))
+        losses = {f"t{i}": (h(features) ** 2).mean() for i, h in enumerate(model.heads)}
+        if not fused:
+            return gradstats.from_losses(losses, model.trunk)
+        (want,) = torch.autograd.grad(sum(losses.values()), model.trunk[0].weight, retain_graph=True)
+        stats = gradstats.backward(losses, torch.ones(3), model.trunk)
+        torch.testing.assert_close(model.trunk[0].weight.grad, want)
+        return stats
+
+    assert [collects().method for _ in range(2)] == ["batched"] * 2
+    hooked = True
+    assert collects().method == "sequential"
+
+
+def test_a_refusal_is_remembered_for_its_model_alone() -> None:
+    hooked, other = mlp(), mlp()
+    hooked.trunk[0].weight.register_hook(lambda grad: grad * float(grad.sum()))
+    assert gradstats.from_losses(hooked()).method == "sequential"
+    assert gradstats.from_losses(other()).method == "batched"
+    calls = []
+    handle = hooked.trunk[0].weight.register_hook(lambda grad: calls.append(1))
+    assert gradstats.from_losses(hooked()).method == "sequential"
     handle.remove()
+    assert len(calls) == 3  # not tried again
+
+
+def test_what_is_wrong_with_the_graph_is_no_refusal(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp()
+    losses = model()
+    losses["t0"].backward()
+    with pytest.raises(RuntimeError, match=r"^Trying to backward through the graph a second time"):
+        gradstats.from_losses(losses)
+    assert not caplog.records
+    assert gradstats.from_losses(model()).method == "batched"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_freeing_the_graph_computes_nothing(fused: bool) -> None:
+    """With "auto" it is freed after the collection; a hook of the user that then sees no gradient does no harm."""
+    model = mlp()
+    seen = []
+    features = model.features()
+    features.register_hook(lambda grad: seen.append(grad is None))
+    losses = {f"t{i}": (h(features) ** 2).mean() for i, h in enumerate(model.heads)}
+    gradstats.backward(losses, torch.ones(3)) if fused else gradstats.from_losses(losses)
+    assert seen == [False, True]
+    with pytest.raises(RuntimeError, match="second time"):
+        sum(losses.values()).backward()
+    features = model.features()
+    features.register_hook(lambda grad: grad * 2)
+    losses = {f"t{i}": (h(features) ** 2).mean() for i, h in enumerate(model.heads)}
+    want = oracle(losses, list(model.trunk.parameters()))
+    assert_close(gradstats.from_losses(losses).gram, want, 1e-6)
 
 
 # ---- models from a library -------------------------------------------------------------------------------------------
@@ -976,6 +1050,42 @@ def test_a_broken_head_shows_in_its_own_row_alone(method: str, bad: float) -> No
     assert stats.non_finite_names == ("t1",)
     keep = torch.tensor([0, 2])
     assert_close(stats.gram[keep][:, keep], clean[keep][:, keep], 1e-6)
+
+
+class Roots(nn.Module):
+    """Two losses share an infinite derivative, which the third does not reach; the fourth task is absent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Parameter(torch.randn(4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, *, above_all: bool) -> dict[str, Tensor | None]:
+        p = self.low
+        # Above the parameter that all tasks share, or beside it.
+        roots = ((p - p.detach()) if above_all else self.high).sqrt()
+        losses = {"a": roots.sum() + p.sum(), "b": (roots * 2).sum() + (p * p).sum(), "c": (p * 3).sum()}
+        return {**losses, "absent": None}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("above_all", [False, True])
+def test_an_infinite_derivative_shows_in_the_tasks_that_reach_it_alone(method: str, above_all: bool) -> None:
+    model = Roots()
+    losses = model(above_all=above_all)
+    for collects in (
+        lambda: gradstats.from_losses(losses, model, method=method, retain_graph=True),
+        lambda: gradstats.backward(losses, torch.ones(4), model, method=method, retain_graph=True),
+    ):
+        stats = collects()
+        assert stats.non_finite_names == ("a", "b")
+        assert stats.gram[2, 2] == 36
+        assert (stats.gram[3] == 0).all()
+    # The weighted gradient is spoilt where an ordinary backward spoils it, and nowhere else.
+    fused = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    (losses["a"] + losses["b"] + losses["c"]).backward()
+    want = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(fused, want, equal_nan=True)
 
 
 # ---- precision -------------------------------------------------------------------------------------------------------
@@ -1126,6 +1236,20 @@ def test_signature_tells_different_work_apart() -> None:
     assert len({same, *others}) == 6
 
 
+def test_signature_depends_on_a_known_refusal_alone() -> None:
+    """Ranks that have learnt different things of a model agree unless one of them would not try the batched method."""
+    model, names = mlp(), ["t0", "t1", "t2"]
+    new = signature(names, list(model().values()), model.trunk)
+    assert gradstats.from_losses(model()).method == "batched"
+    assert signature(names, list(model().values()), model.trunk) == new
+    twin = copy.deepcopy(model)
+    assert signature(names, list(twin().values()), twin.trunk) == new
+    model.trunk[0].weight.register_hook(lambda grad: grad * float(grad.sum()))
+    assert gradstats.from_losses(model()).method == "sequential"
+    assert signature(names, list(model().values()), model.trunk) != new
+    assert signature(names, list(twin().values()), twin.trunk) == new
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -1140,7 +1264,7 @@ def test_errors_name_the_argument() -> None:
         (TypeError, "losses: expected a floating-point tensor for task 't0', got float", {"losses": {"t0": 1.0}}),
         (TypeError, "losses: .*task 'a', got torch.int64", {"losses": {"a": torch.tensor(1)}}),
         (ValueError, r"losses: expected one number for task 'a', got shape \(2,\)", {"losses": {"a": torch.ones(2)}}),
-        (TypeError, "names: expected a sequence of strings", {"losses": {1: losses["t0"]}}),
+        (TypeError, "losses: expected a sequence of strings", {"losses": {1: losses["t0"]}}),
         (ValueError, "losses: none of .* has a graph", {"losses": {"a": torch.tensor(1.0), "b": None}}),
         (ValueError, "inputs: expected at least one tensor", {"inputs": []}),
         (ValueError, "inputs: expected at least one tensor", {"inputs": nn.ReLU()}),
@@ -1171,7 +1295,17 @@ def test_errors_name_the_argument() -> None:
         (TypeError, "metric: expected a mapping", {"metric": 1.0, "inputs": [w]}),
         (ValueError, "metric: a mapping needs named inputs", {"metric": {"w": w}, "inputs": [w]}),
         (ValueError, r"metric: .*none for \['w'\]", {"metric": {}, "inputs": {"w": w}}),
-        (ValueError, "loss_scale: expected a positive number, got 0", {"loss_scale": 0}),
+        (ValueError, "loss_scale: expected a positive, finite number, got 0", {"loss_scale": 0}),
+        (ValueError, "loss_scale: expected a positive, finite number, got -2", {"loss_scale": torch.tensor(-2.0)}),
+        (ValueError, "loss_scale: expected a positive, finite number, got inf", {"loss_scale": float("inf")}),
+        (
+            ValueError,
+            "loss_scale: expected a positive, finite number, got nan",
+            {"loss_scale": torch.tensor([torch.nan])},
+        ),
+        (TypeError, "loss_scale: expected a number or a tensor of one, got str", {"loss_scale": "2"}),
+        (TypeError, "loss_scale: expected a number or a tensor of one, got list", {"loss_scale": [1.0]}),
+        (TypeError, "loss_scale: expected a real number, got torch.complex64", {"loss_scale": torch.tensor(1j)}),
         (ValueError, r"loss_scale: expected one number, got shape \(2,\)", {"loss_scale": torch.ones(2)}),
         (ValueError, r"weights: expected 3 numbers.*shape \(2,\)", {"weights": [1.0, 2.0]}),
         (ValueError, "weights: expected one for each of", {"weights": {"t0": 1.0}}),

@@ -56,18 +56,22 @@ def from_losses(
             * ``"engine"``: ``T`` backwards through the leaves' accumulation, which run every hook there, with
               ``.grad`` put back afterwards; for FSDP2, whose parameters ``torch.autograd.grad`` cannot see;
             * ``"auto"``: "engine" if an input is a DTensor, else "batched", or "sequential" where vmap refuses the
-              backward (compiled models, sparse embeddings, hooks that read values), which is logged once.
+              backward (compiled models, sparse embeddings, hooks that read values), which is logged once for a
+              model. As it may have to fall back, it keeps the whole graph until it has collected; "batched" frees
+              the graph as it goes.
         owner: Not built yet.
         group_by: ``"parameter"``, ``"module"`` (the name up to its last dot) or a function of the name. Fills
             ``stats.groups`` with statistics by group, whose Gramians sum to the total. Needs named inputs.
         metric: Positive diagonal ``d``, one tensor in the shape of each input: a sequence in the order of the inputs
             or a mapping from their names. The result is the Gramian ``J diag(d) Jᵀ``.
-        loss_scale: A factor that the losses carry already, such as a gradient scaler's, undone in the Gramian.
+        loss_scale: A factor that the losses carry already, such as a gradient scaler's, undone in the Gramian; a
+            positive number, or a tensor of one, which is not waited for if it is on a device.
         max_bytes: Not built yet.
         num_directions: Not built yet.
         store_dtype: With ``method="sequential"``, the dtype that gradients are kept in until all are there; bfloat16
             halves the memory of float32 at a relative error of 2^-9 in each entry.
-        retain_graph: Whether the graph is kept for another backward.
+        retain_graph: Whether the graph is kept for another backward. Where "auto" frees it after a batched collection,
+            hooks are called once more, with None.
 
     Returns:
         The statistics; ``stats.method`` says which method was used.
@@ -112,9 +116,9 @@ def backward(
     """:func:`from_losses` and ``(Σ_t w_t L_t).backward()`` in one backward.
 
     ``.grad`` of every leaf of the graph, shared or not, an input or not, receives the weighted gradient as from an
-    ordinary backward: it accumulates, and hooks on the accumulation fire once. Hooks on activations see the
-    gradients of single tasks beside each other and so must be linear. Methods other than "batched", and leaves with
-    hooks of their own, take a second, ordinary backward.
+    ordinary backward: it accumulates, and hooks on the accumulation fire once ("engine" fires them once for each task
+    as well). Hooks on activations see the gradients of single tasks beside each other and so must be linear. Methods
+    other than "batched", and leaves with hooks of their own, take a second, ordinary backward.
 
     Args:
         losses: As for :func:`from_losses`.
@@ -128,7 +132,7 @@ def backward(
         max_bytes: Not built yet.
         num_directions: Not built yet.
         store_dtype: As for :func:`from_losses`.
-        retain_graph: Whether the graph is kept for another backward.
+        retain_graph: As for :func:`from_losses`.
 
     Returns:
         The statistics of the unweighted gradients.
@@ -171,7 +175,7 @@ def shared_parameters(losses: Losses, model: nn.Module) -> dict[str, nn.Paramete
         TypeError: If a loss has a wrong type.
         ValueError: If a loss is not one number or no loss has a graph.
     """
-    graph = Graph(args.check_losses(*args.normal_losses(losses)))
+    graph = Graph(list(args.present_losses(*args.normal_losses(losses)).values()))
     named = model.named_parameters()
     return {name: p for name, p in named if p.requires_grad and graph.tasks_reaching(p).bit_count() > 1}
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from gradstats.collect.graph import Graph
-from gradstats.pairwise import check_names
+from gradstats.stats import check_names
 
 Losses: TypeAlias = Mapping[str, Tensor | None] | Sequence[Tensor | None] | Tensor
 Inputs: TypeAlias = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | nn.Module | None
@@ -60,11 +62,11 @@ def normal_losses(losses: Losses) -> tuple[tuple[str, ...], list[Tensor | None]]
         raise TypeError(f"losses: expected a mapping, a sequence or a tensor [T], got {type(losses).__name__}")
     if not items:
         raise ValueError("losses: expected at least one task, got none")
-    return check_names(names, len(items)), items
+    return check_names(names, len(items), "losses"), items
 
 
-def check_losses(names: Sequence[str], losses: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The losses, with None for each task that is absent: None already, or a loss without a graph.
+def present_losses(names: Sequence[str], losses: Sequence[Tensor | None]) -> dict[int, Tensor]:
+    """Position and loss of each task that is not absent; one is if its loss is None or has no graph.
 
     Raises:
         TypeError: If a loss is not a tensor of a floating type.
@@ -81,8 +83,8 @@ def check_losses(names: Sequence[str], losses: Sequence[Tensor | None]) -> list[
                 f"losses: expected one number for task {name!r}, got shape {tuple(loss.shape)}; "
                 "reduce it first, with .mean() for example"
             )
-    present = [loss if loss is not None and loss.requires_grad else None for loss in losses]
-    if not any(loss is not None for loss in present):
+    present = {task: loss for task, loss in enumerate(losses) if loss is not None and loss.requires_grad}
+    if not present:
         raise ValueError(f"losses: none of {list(names)} has a graph (requires_grad is False, or all are None)")
     return present
 
@@ -241,17 +243,24 @@ def normal_weights(weights: Weights, names: Sequence[str], device: torch.device)
 
 
 def normal_loss_scale(loss_scale: float | Tensor | None) -> float | Tensor:
-    """The factor that the losses carry; 1 where None.
+    """The factor that the losses carry; 1 where None. The value of a tensor on a device is not waited for.
 
     Raises:
-        ValueError: If it is not one positive number.
+        TypeError: If it is neither a real number nor a tensor of one.
+        ValueError: If it is not one number, positive and finite.
     """
     if loss_scale is None:
         return 1.0
     if isinstance(loss_scale, Tensor):
+        if loss_scale.is_complex():
+            raise TypeError(f"loss_scale: expected a real number, got {loss_scale.dtype}")
         if loss_scale.numel() != 1:
             raise ValueError(f"loss_scale: expected one number, got shape {tuple(loss_scale.shape)}")
-        return loss_scale.detach().reshape(()).double()
-    if not loss_scale > 0:
-        raise ValueError(f"loss_scale: expected a positive number, got {loss_scale!r}")
+        loss_scale = loss_scale.detach()
+        if loss_scale.device.type != "cpu":
+            return loss_scale.reshape(()).double()
+    elif not isinstance(loss_scale, Real):
+        raise TypeError(f"loss_scale: expected a number or a tensor of one, got {type(loss_scale).__name__}")
+    if not 0 < float(loss_scale) < math.inf:
+        raise ValueError(f"loss_scale: expected a positive, finite number, got {float(loss_scale)}")
     return float(loss_scale)

@@ -104,13 +104,13 @@ class _Batched:
 
     def run(self, retain_graph: bool) -> tuple[Fold, dict[Tensor, Tensor] | None]:
         targets = self._targets()
-        losses = [loss for _, loss in self._job.present]
+        losses = self._job.losses
 
         def pull(row: Tensor) -> Tensor:
             with contextlib.ExitStack() as hooks:
-                self._hook_inputs(hooks)
+                self._hook_inputs(hooks, row)
                 self._hook_passages(hooks, row)
-                cotangents = [self._cotangent(task, loss, row) for task, loss in self._job.present]
+                cotangents = [self._cotangent(task, loss, row) for task, loss in enumerate(losses)]
                 grads = torch.autograd.grad(
                     losses, list(targets.values()), cotangents, retain_graph=retain_graph, allow_unused=True
                 )
@@ -135,6 +135,15 @@ class _Batched:
     def _task(self, node: Node) -> int:
         """The one task that reaches ``node``."""
         return self._graph.reached_by[node].bit_length() - 1
+
+    def _confined(self, grad: Tensor, node: Node, row: Tensor) -> Tensor:
+        """``grad``, which ``node`` hands on or receives, for the tasks that reach it; zeros for the others.
+
+        Theirs are zeros already, unless they were multiplied by an infinite derivative.
+        """
+        reached_by = self._graph.reached_by[node]
+        others = [row[task] for task in range(self._num_tasks) if not reached_by >> task & 1]
+        return torch.where(torch.stack(others).any().to(grad.device), 0, grad) if others else grad
 
     # ---- the two ends of the backward ------------------------------------------------------------------------------
 
@@ -163,14 +172,14 @@ class _Batched:
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
-    def _hook_inputs(self, hooks: contextlib.ExitStack) -> None:
+    def _hook_inputs(self, hooks: contextlib.ExitStack, row: Tensor) -> None:
         """Fold in each input's gradients where they arrive."""
         for k, tensor, node in self._inputs:
             if node in self._graph.children:
-                handle = tensor.register_hook(self._input_hook(k, node))  # type: ignore[no-untyped-call]
+                handle = tensor.register_hook(self._input_hook(k, node, row))  # type: ignore[no-untyped-call]
                 hooks.callback(handle.remove)
 
-    def _input_hook(self, k: int, node: Node) -> Callable[[Tensor | None], Tensor | None]:
+    def _input_hook(self, k: int, node: Node, row: Tensor) -> Callable[[Tensor | None], Tensor | None]:
         weighted_leaf = self._weights is not None and node in self._graph.leaves
         goes_on = self._goes_on_below(node)
 
@@ -193,13 +202,13 @@ class _Batched:
                 fold_row(grad)
                 folded = grad.new_zeros(()).expand(grad.shape)
             else:
-                folded = self._on_block(grad, fold_block)
+                folded = self._on_block(self._confined(grad, node, row), fold_block)
             return None if goes_on else folded
 
         return hook
 
     def _hook_passages(self, hooks: contextlib.ExitStack, row: Tensor) -> None:
-        """Convert gradients where they flow from one region into another."""
+        """Convert gradients where they flow into another region, or to where more tasks meet."""
         gathers = {edge: _Gather(self._num_tasks, count) for edge, count in self._arrivals().items()}
         for node in self._graph.children:
             passages = {}
@@ -210,10 +219,12 @@ class _Batched:
                 hooks.callback(node.register_hook(functools.partial(_apply_passages, passages)).remove)
 
     def _enters(self, node: Node, child: Node) -> bool:
-        """Whether a gradient that is wanted flows from ``node`` into another region at ``child``."""
+        """Whether a gradient that is wanted flows from ``node`` into another region, or to more tasks, at ``child``."""
         region = self._region(child)
-        wanted = region is not _Region.WEIGHTED_SUM or self._weights is not None
-        return wanted and region is not self._region(node)
+        if region is _Region.WEIGHTED_SUM and self._weights is None:
+            return False
+        grows = region is _Region.BLOCKS and self._graph.reached_by[child] != self._graph.reached_by[node]
+        return grows or region is not self._region(node)
 
     def _arrivals(self) -> Counter[Edge]:
         """How many gradients of single tasks arrive at each edge into the region of blocks."""
@@ -224,7 +235,7 @@ class _Batched:
         return arrivals
 
     def _passage(self, node: Node, edge: Edge, gathers: dict[Edge, _Gather], row: Tensor) -> Passage:
-        """What becomes of a gradient that flows from ``node`` through ``edge`` into another region."""
+        """What becomes of a gradient that flows from ``node`` through ``edge``, as :meth:`_enters` tells."""
 
         def gather(grad: Tensor | None) -> Tensor | None:
             block = gathers[edge].put(self._task(node), grad)
@@ -233,12 +244,16 @@ class _Batched:
         def weigh(grad: Tensor | None) -> Tensor | None:
             return None if grad is None else self._weigh(self._task(node), grad)
 
-        def combine(grad: Tensor | None) -> Tensor | None:
-            return None if grad is None else self._on_block(grad, lambda block: (self._combine(block), None))
+        def confine(grad: Tensor | None) -> Tensor | None:
+            return None if grad is None else self._confined(grad, node, row)
 
-        if self._region(edge[0]) is _Region.BLOCKS:
-            return gather
-        return weigh if self._region(node) is _Region.ONE_TASK else combine
+        def combine(grad: Tensor | None) -> Tensor | None:
+            confined = confine(grad)
+            return None if confined is None else self._on_block(confined, lambda block: (self._combine(block), None))
+
+        if self._region(node) is _Region.ONE_TASK:
+            return gather if self._region(edge[0]) is _Region.BLOCKS else weigh
+        return confine if self._region(edge[0]) is _Region.BLOCKS else combine
 
     def _on_block(self, grad: Tensor, use: Use) -> Tensor:
         result: Tensor = _OnBlock.apply(grad, self._num_tasks, use)  # type: ignore[no-untyped-call]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradstats.collect import arguments as args
 from gradstats.collect.arguments import GroupBy, Inputs, Metric, Weights
@@ -25,9 +27,14 @@ _log = logging.getLogger(__name__)
 _METHODS = ("auto", "batched", "sequential", "engine")
 _LATER_METHODS = ("blockwise", "sketch")
 
-# What trying has shown: whether vmap takes the backward of a graph with nodes of these names. A cache, so that a
-# model that it refuses is not tried again at every step, and one that it takes need not be kept for a second try.
-_vmap_takes: dict[frozenset[str], bool] = {}
+#: A Gramian, and the weighted gradient of each leaf where the same backward has given it.
+Collected: TypeAlias = tuple[Fold, dict[Tensor, Tensor] | None]
+
+#: What tells the graph of one model from that of another: the names of its nodes and the identities of its parameters.
+Kind: TypeAlias = tuple[frozenset[str], frozenset[int]]
+
+# The graphs whose backward vmap has refused: a cache, so that such a model is not tried again at every step.
+_refused: set[Kind] = set()
 
 
 def collect(
@@ -65,12 +72,12 @@ def collect(
     Returns:
         The statistics of all ``T`` tasks.
     """
-    _check_method(method, store_dtype)
+    check_method(method, store_dtype)
     scale = args.normal_loss_scale(loss_scale)
-    present = args.check_losses(names, losses)
-    device = next(loss.device for loss in present if loss is not None)
-    w = None if weights is None else args.normal_weights(weights, names, device)
-    graph = Graph(present)
+    present = args.present_losses(names, losses)
+    device = next(iter(present.values())).device
+    w = None if weights is None else args.normal_weights(weights, names, device)[list(present)]
+    graph = Graph(list(present.values()))
     if inputs is None and graph.hides_parameters:
         raise ValueError(
             "inputs: the graph holds reentrant activation checkpoints or FSDP2 modules, whose parameters it does not "
@@ -78,15 +85,18 @@ def collect(
         )
     named = args.normal_inputs(inputs, graph)
     groups, diagonal = args.group_names(group_by, named), args.metric_operand(metric, named)
-    new_fold = functools.partial(Fold, len(names), named.tensors, groups, diagonal, device, reduce)
-    job = Job(present, named.tensors, graph, new_fold, w)
+    new_fold = functools.partial(Fold, len(present), named.tensors, groups, diagonal, device, reduce)
+    # Absent tasks take no part: only the finished Gramian has rows for them.
+    job = Job(list(present.values()), named.tensors, graph, new_fold, w)
 
     # In a user's autocast region the products below must not be rounded.
     with torch.autocast(device.type, enabled=False):
         fold, method = _run(job, method, store_dtype, retain_graph)
-    has_loss = torch.tensor([loss is not None for loss in present], device=device)
+    has_loss = torch.tensor([task in present for task in range(len(names))], device=device)
+    has_both = has_loss[:, None] & has_loss
     make_stats = functools.partial(GradStats, names=tuple(names), present=has_loss, method=method)
-    grams = {group: gram / scale**2 for group, gram in fold.grams.items()}
+    zeros = torch.zeros(len(names), len(names), dtype=torch.float64, device=device)
+    grams = {group: zeros.masked_scatter(has_both, gram / scale**2) for group, gram in fold.grams.items()}
     by_group = {} if group_by is None else {group: make_stats(gram) for group, gram in grams.items()}
     return make_stats(torch.stack(list(grams.values())).sum(0), groups=by_group)
 
@@ -95,17 +105,17 @@ def signature(names: Sequence[str], losses: Sequence[Tensor | None], inputs: Inp
     """A number that two processes share only if a batched collection would do the same steps in both.
 
     It is derived from the names of the tasks, which of them are present, the shapes and dtypes of the inputs and the
-    tasks that reach each, the names of the graph's nodes in order, and what this process knows of vmap's taking
+    tasks that reach each, the names of the graph's nodes in order, and whether this process knows that vmap refuses
     them. It fits a signed 64-bit integer.
     """
-    present = args.check_losses(names, losses)
-    graph = Graph(present)
+    present = args.present_losses(names, losses)
+    graph = Graph(list(present.values()))
     facts = [
         list(names),
-        [loss is not None for loss in present],
+        list(present),
         [(tuple(t.shape), str(t.dtype), graph.tasks_reaching(t)) for t in args.normal_inputs(inputs, graph).tensors],
         [node.name() for node in graph.children],
-        _vmap_takes.get(_kind(graph)),
+        _kind(graph) in _refused,
     ]
     return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:7], "big")
 
@@ -116,21 +126,16 @@ def _run(job: Job, method: str, store_dtype: torch.dtype | None, retain_graph: b
         method = "engine"
     if method != "engine":
         _check_visible(job)
-    keep = retain_graph or job.weights is not None
-    grads = None
-    tried = _try_batched(job, method, retain_graph) if method in ("auto", "batched") else None
-    if tried is not None:
-        method, (fold, grads) = "batched", tried
-    elif method == "engine":
-        fold = collect_with_engine(job, retain_graph=keep)
+    if method == "auto":
+        (fold, grads), method = _collect_automatically(job, retain_graph)
     else:
-        method, fold = "sequential", collect_sequentially(job, store_dtype=store_dtype, retain_graph=keep)
+        fold, grads = _collect_by(method, job, store_dtype, retain_graph)
     if grads is not None:
         # Through the leaves' own accumulation, so that what hooks it (DDP, fused optimizers) fires, and once.
         torch.autograd.backward(list(grads), list(grads.values()))
     elif job.weights is not None:
-        cotangents = [job.weights[task].to(loss).expand(loss.shape) for task, loss in job.present]
-        torch.autograd.backward([loss for _, loss in job.present], cotangents, retain_graph=retain_graph)
+        cotangents = [weight.to(loss).expand(loss.shape) for weight, loss in zip(job.weights, job.losses, strict=True)]
+        torch.autograd.backward(job.losses, cotangents, retain_graph=retain_graph)
     return fold, method
 
 
@@ -149,56 +154,76 @@ def _check_visible(job: Job) -> None:
         raise ValueError(f"inputs: no loss reaches any of the {len(job.inputs)} inputs")
 
 
-def _try_batched(job: Job, method: str, retain_graph: bool) -> tuple[Fold, dict[Tensor, Tensor] | None] | None:
-    """Collect by the batched method, or return None where it cannot and ``method`` is "auto".
+def _collect_by(method: str, job: Job, store_dtype: torch.dtype | None, retain_graph: bool) -> Collected:
+    keep = retain_graph or job.weights is not None
+    if method == "engine":
+        return collect_with_engine(job, retain_graph=keep), None
+    if method == "sequential":
+        return collect_sequentially(job, store_dtype=store_dtype, retain_graph=keep), None
+    try:
+        return _collect_batched(job, retain_graph)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"method: 'batched' failed on this graph; 'auto' falls back if it can. {error}") from error
 
-    The result is the Gramian and the weighted gradient of each leaf; None for the latter leaves it to the caller, with
-    a graph that is kept.
 
-    A failed try must leave the graph for the method that takes over. So the graph is kept at the first try of its
-    kind, and freed afterwards, by an ordinary backward, if it was not to be kept.
-    """
-    kind = _kind(job.graph)
-    known = _vmap_takes.get(kind)
-    if method == "auto" and known is False:
-        return None
+def _collect_batched(job: Job, retain_graph: bool) -> Collected:
     if job.weights is not None and any(leaf._backward_hooks for leaf in job.graph.leaves.values()):
         # A user's hook on a leaf would run twice: on the block, and where the weighted sum is accumulated.
         job, retain_graph = job.without_weights(), True
-    keep = retain_graph or (method == "auto" and known is None)
-    try:
-        collected = collect_batched(job, retain_graph=keep)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as reason:
-        if method == "batched":
-            raise RuntimeError(f"method: 'batched' failed on this graph; 'auto' would fall back. {reason}") from reason
-        if not keep:
-            raise RuntimeError(
-                "method: 'batched' has worked on a graph of the same kind, but failed on this one, which is now partly "
-                f"freed; pass method='sequential' or retain_graph=True. {reason}"
-            ) from reason
-        if False not in _vmap_takes.values():
-            _log.warning(
-                "vmap refuses the backward of this model, so gradients are collected task by task and stored "
-                "(method 'sequential'; said once). The reason: %s: %s",
-                type(reason).__name__,
-                reason,
-            )
-        _vmap_takes[kind] = False
-        return None
-    _vmap_takes[kind] = True
-    if keep and not retain_graph:
-        losses = [loss for _, loss in job.present]
-        torch.autograd.grad(losses, job.inputs, [torch.ones_like(loss) for loss in losses], allow_unused=True)
-    return collected
+    return collect_batched(job, retain_graph=retain_graph)
 
 
-def _kind(graph: Graph) -> frozenset[str]:
-    return frozenset(node.name() for node in graph.children)
+def _collect_automatically(job: Job, retain_graph: bool) -> tuple[Collected, str]:
+    """Collect by the batched method, or by the sequential one where ``vmap`` refuses; return also which it was.
+
+    A failed try must leave the graph whole for the method that takes over, and what worked at the last step may fail
+    at this one, as when a hook was added. So the graph is kept in any case, and freed afterwards.
+    """
+    kind = _kind(job.graph)
+    reason = None
+    if kind not in _refused:
+        try:
+            collected = _collect_batched(job, retain_graph=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        else:
+            weighted_backward_follows = job.weights is not None and collected[1] is None
+            if not (retain_graph or weighted_backward_follows):
+                _free(job)
+            return collected, "batched"
+    # What is wrong with the graph itself, such as that it has been freed, is raised here.
+    collected = _collect_by("sequential", job, None, retain_graph)
+    if reason is not None:
+        _refused.add(kind)
+        _log.warning(
+            "vmap refuses the backward of this model, so gradients are collected task by task and stored "
+            "(method 'sequential'; said once for a model). The reason: %s",
+            reason,
+        )
+    return collected, "sequential"
 
 
-def _check_method(method: str, store_dtype: torch.dtype | None) -> None:
+def _free(job: Job) -> None:
+    """Free what the graph has saved, as a backward does: by one without any gradient, which computes nothing."""
+    # A user's hook may not expect that there is none. What is then not freed here goes with the losses.
+    with contextlib.ExitStack() as hooks, contextlib.suppress(Exception):
+        for root in {root for root, _ in job.graph.roots}:
+            hooks.callback(root.register_prehook(lambda grads: (None,) * len(grads)).remove)
+        targets = job.inputs if job.weights is None else list(job.graph.leaves.values())
+        torch.autograd.grad(job.losses, targets, allow_unused=True)
+
+
+def _kind(graph: Graph) -> Kind:
+    parameters = [id(leaf) for leaf in graph.leaves.values() if isinstance(leaf, nn.Parameter)]
+    return frozenset(node.name() for node in graph.children), frozenset(parameters)
+
+
+def check_method(method: str, store_dtype: torch.dtype | None = None) -> None:
+    """Refuse a method that is unknown or not built, or one that does not go with ``store_dtype``."""
     if method in _LATER_METHODS:
         raise NotImplementedError(f"method: {method!r} is not built yet; there is {', '.join(map(repr, _METHODS))}")
     if method not in _METHODS:

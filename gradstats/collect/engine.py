@@ -22,16 +22,15 @@ def collect_with_engine(job: Job, *, retain_graph: bool) -> Fold:
     for k, tensor in enumerate(job.inputs):
         if not tensor.is_leaf:
             raise ValueError(f"inputs: expected leaf tensors with method='engine', input {k} is an activation")
-    rows: list[Sequence[Tensor | None]] = [[None] * len(job.inputs) for _ in job.losses]
-    last = job.present[-1][0]
+    rows: list[Sequence[Tensor | None]] = []
     leaves = {id(leaf): leaf for leaf in (*job.inputs, *job.graph.leaves.values())}.values()
     saved = [(leaf, leaf.grad) for leaf in leaves]
     try:
-        for task, loss in job.present:
+        for task, loss in enumerate(job.losses, start=1):
             for leaf in leaves:
                 leaf.grad = None
-            torch.autograd.backward(loss, torch.ones_like(loss), retain_graph=retain_graph or task != last)
-            rows[task] = [leaf.grad for leaf in job.inputs]
+            torch.autograd.backward(loss, torch.ones_like(loss), retain_graph=retain_graph or task < len(job.losses))
+            rows.append([leaf.grad for leaf in job.inputs])
     finally:
         for leaf, grad in saved:
             leaf.grad = grad

@@ -26,19 +26,18 @@ class Graph:
     """The graph below some losses, walked once.
 
     Attributes:
-        roots: For each task the edge of its loss, or None for an absent task.
+        roots: For each task the edge of its loss.
         children: For each node the edges its gradients flow to; keys are in topological order, losses first.
         reached_by: For each node the set of tasks whose loss reaches it, as the bits of an integer.
     """
 
-    def __init__(self, losses: Sequence[Tensor | None]) -> None:
-        self.roots = [None if loss is None else edge_of(loss) for loss in losses]
+    def __init__(self, losses: Sequence[Tensor]) -> None:
+        self.roots = [edge_of(loss) for loss in losses]
         # Holding every node keeps its Python wrapper alive, so that a node met twice is the same dictionary key.
-        self.children = _topological([edge[0] for edge in self.roots if edge is not None])
+        self.children = _topological([node for node, _ in self.roots])
         self.reached_by = dict.fromkeys(self.children, 0)
-        for task, root in enumerate(self.roots):
-            if root is not None:
-                self.reached_by[root[0]] |= 1 << task
+        for task, (root, _) in enumerate(self.roots):
+            self.reached_by[root] |= 1 << task
         for node, edges in self.children.items():
             for child, _ in edges:
                 self.reached_by[child] |= self.reached_by[node]

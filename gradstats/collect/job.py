@@ -13,26 +13,21 @@ from gradstats.collect.graph import Graph
 
 @dataclass(frozen=True)
 class Job:
-    """One collection.
+    """One collection, of the ``T`` tasks that are present.
 
     Attributes:
-        losses: For each of the ``T`` tasks its loss, or None if it is absent.
+        losses: For each task its loss.
         inputs: Different tensors; the Gramian is that of the gradients with respect to them.
         graph: The graph below ``losses``.
         new_fold: Makes an empty accumulator, so that a method that fails midway leaves nothing behind.
         weights: Float64 ``[T]`` if ``Σ_t w_t ∂L_t`` is to be accumulated into ``.grad`` of the leaves, else None.
     """
 
-    losses: list[Tensor | None]
+    losses: list[Tensor]
     inputs: list[Tensor]
     graph: Graph
     new_fold: Callable[[], Fold]
     weights: Tensor | None
-
-    @property
-    def present(self) -> list[tuple[int, Tensor]]:
-        """The tasks that have a loss, with their losses."""
-        return [(task, loss) for task, loss in enumerate(self.losses) if loss is not None]
 
     def without_weights(self) -> Job:
         """The same collection, of the Gramian alone."""

@@ -13,11 +13,10 @@ from gradstats.collect.job import Job
 
 def collect_sequentially(job: Job, *, store_dtype: torch.dtype | None = None, retain_graph: bool) -> Fold:
     """Collect; gradients wait in ``store_dtype`` (None: their own) until all are there. ``job.weights`` is ignored."""
-    rows: list[Sequence[Tensor | None]] = [[None] * len(job.inputs) for _ in job.losses]
-    last = job.present[-1][0]
-    for task, loss in job.present:
-        grads = _gradients(loss, job.inputs, retain_graph=retain_graph or task != last)
-        rows[task] = [None if grad is None else grad.to(store_dtype or grad.dtype) for grad in grads]
+    rows: list[Sequence[Tensor | None]] = []
+    for task, loss in enumerate(job.losses, start=1):
+        grads = _gradients(loss, job.inputs, retain_graph=retain_graph or task < len(job.losses))
+        rows.append([None if grad is None else grad.to(store_dtype or grad.dtype) for grad in grads])
     fold = job.new_fold()
     fold.add_rows(rows)
     return fold
