@@ -52,7 +52,7 @@ clean:  ## Remove what was compiled, caches and notes of what is installed; keep
 	find gradstats tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean  ## Remove the virtual environment too
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-torch-*
 
 # ---- installation ----------------------------------------------------------------------------------------------------
 # The hidden files are notes of what is done, so that nothing is installed or compiled twice. The package is installed

@@ -1,5 +1,8 @@
 """AutoScale in a Hugging Face ``Trainer``: override ``compute_loss``, keep everything else.
 
+The Scalarizer is made outside the model here, so Hugging Face's checkpoints do not hold its state; as a submodule of
+the model it would travel in them.
+
 python examples/hf_trainer.py
 """
 
