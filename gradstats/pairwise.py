@@ -14,9 +14,6 @@ from gradstats.stats import GradStats, check_names
 #: The gradient of one task: one tensor, or one per parameter with None for a parameter that it does not reach.
 TaskGrads: TypeAlias = Tensor | Sequence[Tensor | None]
 
-#: What a gradient may be made of.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 def pairwise(
     grads: Tensor | Sequence[TaskGrads | None] | Mapping[str, TaskGrads],
@@ -184,7 +181,7 @@ def _tensor(value: object, argument: str) -> Tensor:
         raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
     if value.layout != torch.strided:
         raise TypeError(f"{argument}: expected a dense tensor, got layout {value.layout}")
-    if value.dtype not in DTYPES:
+    if value.dtype not in ops.DTYPES:
         raise TypeError(f"{argument}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
     return value
 

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from gradstats import ops
 from gradstats.collect.graph import Graph
 from gradstats.stats import check_names
 
@@ -20,8 +21,6 @@ Inputs: TypeAlias = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | M
 GroupBy: TypeAlias = str | Callable[[str], str]
 Metric: TypeAlias = Mapping[str, Tensor] | Sequence[Tensor]
 Weights: TypeAlias = Tensor | Sequence[float] | Mapping[str, float | Tensor]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def _check_input_names(names: Sequence[object]) -> None:
 def _check_input(tensor: object, argument: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{argument}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in ops.DTYPES:
         raise TypeError(f"{argument}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
     if not tensor.requires_grad:
         raise ValueError(f"{argument}: expected a tensor that requires grad, got one that does not")
@@ -214,7 +213,7 @@ def metric_operand(metric: Metric | None, inputs: Named) -> list[Tensor]:
     else:
         raise TypeError(f"metric: expected a mapping or a sequence of tensors, got {type(metric).__name__}")
     for k, (entry, tensor) in enumerate(zip(diagonal, inputs.tensors, strict=True)):
-        if not isinstance(entry, Tensor) or entry.dtype not in DTYPES:
+        if not isinstance(entry, Tensor) or entry.dtype not in ops.DTYPES:
             got = entry.dtype if isinstance(entry, Tensor) else type(entry).__name__
             raise TypeError(f"metric[{k}]: expected a floating-point tensor, got {got}")
         if entry.shape != tensor.shape:

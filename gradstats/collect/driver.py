@@ -12,6 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from gradstats import ops
 from gradstats.collect import arguments as args
 from gradstats.collect.arguments import GroupBy, Inputs, Metric, Weights
 from gradstats.collect.batched import collect_batched
@@ -230,5 +231,5 @@ def check_method(method: str, store_dtype: torch.dtype | None = None) -> None:
         raise ValueError(f"method: expected one of {', '.join(map(repr, _METHODS))}, got {method!r}")
     if store_dtype is not None and method != "sequential":
         raise ValueError(f"store_dtype: needs method='sequential', which alone stores gradients, got method={method!r}")
-    if store_dtype is not None and store_dtype not in args.DTYPES:
+    if store_dtype is not None and store_dtype not in ops.DTYPES:
         raise ValueError(f"store_dtype: expected float32, bfloat16, float16 or float64, got {store_dtype}")

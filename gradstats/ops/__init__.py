@@ -13,6 +13,9 @@ from torch import Tensor
 
 from gradstats.ops import reference
 
+#: What a gradient may be made of.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 SCHEMA = "gram(Tensor[] grads, int num_tasks, Tensor[] metric, bool stacked) -> Tensor"
 
 # Kept alive for the life of the process: the dispatcher drops the definition with the object.
