@@ -8,8 +8,6 @@ import sys
 
 import pytest
 
-MEBIBYTE = 2**20
-
 # 12 layers, 20M parameters, T = 16, batch 32: the gradients of all tasks take 1.28 GB. The peak is the kernel's own
 # high-water mark of the process (VmHWM), read after the forward and after the collection, so that nothing the
 # allocator keeps or returns can hide a peak between the two.
@@ -52,10 +50,10 @@ def measure(method: str) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_peak_memory_does_not_hold_all_gradients(record_property: pytest.RecordProperty) -> None:
+def test_peak_memory_does_not_hold_all_gradients() -> None:
     runs = {method: measure(method) for method in ("batched", "fused", "sequential", "backward")}
     for method, run in runs.items():
-        record_property(f"{method}_mib", run["growth"] // MEBIBYTE)
+        print(f"{method}: {run['growth'] / 1e6:.0f} MB above the forward's peak")  # seen with pytest -s
     parameters = runs["batched"]["parameters"]
     assert 20.0e6 < parameters < 20.1e6
     stored = 16 * parameters * 4
