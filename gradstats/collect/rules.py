@@ -1,0 +1,215 @@
+"""Rules: how the gradient of a parameter splits into rows, for the autograd nodes that consume parameters.
+
+A collection sees a graph, not modules, so a rule belongs to a node name. It says that the gradient of one operand is a
+sum over rows ``n`` (samples or tokens) of something that is linear in what the forward saved for that row (``left``)
+and in the cotangent of that row at the node's output (``right``). That is what it takes to split one backward by the
+owners of the rows, or to get inner products of gradients without forming them. A node without a rule is collected in a
+general, slower way, so a rule is never needed for a right result. To add one::
+
+    from gradstats.collect.rules import Rows, rule
+
+    @rule("MyLinearBackward")  # the name of a torch.autograd.Function's node, as node.name() gives it
+    def my_linear(node, child, shape):
+        if child != 1:  # the operand for which the gradient is asked: an index into node.next_functions
+            return None  # no rule for this one
+        (x,) = node.saved_tensors
+        return Rows.outer_products(x, transposed=True)  # weight [o, k], applied to x [N, k] as x @ weight.T
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+#: What the forward saved of a node, of any name: ``node._saved_mat1`` and the like, as torch's notes on autograd show.
+AnyNode: TypeAlias = Any
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The gradient of one operand of a node as a sum over ``N`` rows.
+
+    Leading dimensions ``*`` are free, such as the tasks' where each has a cotangent of its own.
+
+    Attributes:
+        left: What the forward saved, ``[N, ...]``: of an outer product ``[N, k]``, or the integers ``[N]`` that stand
+            for rows of an identity matrix (an embedding's indices); None where all that matters is in ``right``.
+        right: Makes of the cotangent at the node's output, ``[*, *output]``, the right factors ``[*, N, ...]``.
+        contract: Makes of ``left`` and ``right``, ``[n, ...]`` and ``[*, n, ...]``, the sum over these rows
+            ``[*, *operand]``.
+        outer: Whether the gradient is the plain sum of the outer products of ``left [N, k]`` and ``right [*, N, o]``,
+            so that the inner product of two gradients is ``Σ_nm (left leftᵀ)_nm (right rightᵀ)_nm``.
+    """
+
+    left: Tensor | None
+    right: Callable[[Tensor], Tensor]
+    contract: Callable[[Tensor | None, Tensor], Tensor]
+    outer: bool = False
+
+    @classmethod
+    def outer_products(cls, left: Tensor, *, transposed: bool = False) -> Rows:
+        """The operand ``[k, o]`` (``[o, k]`` if transposed) of a product with ``left [N, k]`` that is ``[N, o]``."""
+
+        def contract(left: Tensor | None, right: Tensor) -> Tensor:
+            assert left is not None
+            return right.mT @ left if transposed else left.mT @ right
+
+        return cls(left, lambda grad: grad, contract, outer=True)
+
+    @classmethod
+    def summed(cls, right: Callable[[Tensor], Tensor], shape: torch.Size) -> Rows:
+        """An operand of any shape whose gradient is the sum of ``right``, ``[*, N, o]``."""
+        return cls(None, right, lambda _, right: right.sum(-2).reshape(*right.shape[:-2], *shape))
+
+
+#: ``(node, child, shape)`` -> the rows of operand ``child`` of ``node``, a tensor of that shape, or None.
+Rule: TypeAlias = Callable[[AnyNode, int, torch.Size], Rows | None]
+
+_rules: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Decorator that registers a rule for the nodes of these names; the latest rule for a name counts.
+
+    The rule is called with the node, an index ``child`` into ``node.next_functions``, and the shape of the operand of
+    the forward that this stands for, and returns :class:`Rows` or, where it does not fit, None.
+
+    Args:
+        names: As ``node.name()`` gives them, such as ``"AddmmBackward0"``.
+    """
+
+    def register(function: Rule) -> Rule:
+        _rules.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+# ---- where a parameter is used ---------------------------------------------------------------------------------------
+
+#: How nodes that only rearrange or cast an operand take its gradient back; see :class:`Use`.
+_PASS_BACK: dict[str, Callable[[AnyNode, Tensor], Tensor]] = {
+    "TBackward0": lambda node, grad: grad.mT,
+    "ToCopyBackward0": lambda node, grad: grad,
+    "AliasBackward0": lambda node, grad: grad,
+    "TransposeBackward0": lambda node, grad: grad.transpose(node._saved_dim0, node._saved_dim1),
+    "PermuteBackward0": lambda node, grad: grad.permute(_inverse(node._saved_dims, grad.ndim)),
+    "ViewBackward0": lambda node, grad: grad.reshape(node._saved_self_sym_sizes),
+    "UnsafeViewBackward0": lambda node, grad: grad.reshape(node._saved_self_sym_sizes),
+    "ReshapeAliasBackward0": lambda node, grad: grad.reshape(node._saved_self_sym_sizes),
+    "UnsqueezeBackward0": lambda node, grad: grad.squeeze(_signed(node._saved_dim)),
+}
+
+
+def _inverse(dims: Iterable[int], ndim: int) -> list[int]:
+    order = [_signed(dim) % ndim for dim in dims]
+    return [order.index(dim) for dim in range(ndim)]
+
+
+def _signed(number: int) -> int:
+    """A saved number that may be negative, which autograd nodes show modulo 2^64."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+@dataclass(frozen=True)
+class Use:
+    """One place in the graph where a leaf is consumed.
+
+    Attributes:
+        node: The node of the operation.
+        child: Which of its operands the leaf is: an index into ``node.next_functions``.
+        path: The nodes in between, from ``node`` downwards, which only rearrange or cast (``weight.t()``, autocast).
+    """
+
+    node: Node
+    child: int
+    path: tuple[Node, ...]
+
+    def restore(self, grad: Tensor) -> Tensor:
+        """The gradient of the leaf, from that of the operand."""
+        for node in self.path:
+            grad = _PASS_BACK[node.name()](node, grad)
+        return grad
+
+    def rows(self, leaf: Tensor) -> Rows | None:
+        """The rows of the operand's gradient, None where there is no rule for it; ``leaf`` is what is used here."""
+        found = _rules.get(self.node.name())
+        # No public attribute gives the shape of what a node made, and a view saves only what it was made from.
+        shape = torch.Size(self.path[0]._input_metadata[0].shape) if self.path else leaf.shape
+        return None if found is None else found(self.node, self.child, shape)
+
+
+def uses(nodes: Iterable[Node]) -> dict[Node, list[Use]]:
+    """Where each leaf below some losses is consumed.
+
+    Args:
+        nodes: All nodes of the graph, such as ``Graph.children``.
+
+    Returns:
+        For the ``AccumulateGrad`` node of each leaf its uses, in the order of ``nodes``.
+    """
+    found: dict[Node, list[Use]] = {}
+    for node in nodes:
+        if node.name() in _PASS_BACK:
+            continue  # on the path of the uses above it
+        for i, (child, _) in enumerate(node.next_functions):
+            path = []
+            while child is not None and child.name() in _PASS_BACK:
+                path.append(child)
+                child = child.next_functions[0][0]
+            if child is not None and child.name() == "torch::autograd::AccumulateGrad":
+                found.setdefault(child, []).append(Use(node, i, tuple(path)))
+    return found
+
+
+# ---- linear layers and embeddings ------------------------------------------------------------------------------------
+
+
+@rule("AddmmBackward0")
+def _addmm(node: AnyNode, child: int, shape: torch.Size) -> Rows | None:
+    if node._saved_alpha != 1 or node._saved_beta != 1:
+        return None
+    if child == 0:
+        return Rows.summed(lambda grad: grad, shape) if len(shape) == 1 and shape[0] > 1 else None
+    return Rows.outer_products(node._saved_mat1) if child == 2 else None
+
+
+@rule("MmBackward0")
+def _mm(node: AnyNode, child: int, shape: torch.Size) -> Rows | None:
+    return Rows.outer_products(node._saved_self) if child == 1 else None
+
+
+@rule("BmmBackward0")
+def _bmm(node: AnyNode, child: int, shape: torch.Size) -> Rows | None:
+    if child != 1 or shape[0] != 1:  # einsum multiplies by a weight as a batch of one
+        return None
+    plain = Rows.outer_products(node._saved_self[0])
+    return Rows(
+        plain.left,
+        lambda grad: grad.squeeze(-3),
+        lambda left, right: plain.contract(left, right).unsqueeze(-3),
+        outer=True,
+    )
+
+
+@rule("EmbeddingBackward0")
+def _embedding(node: AnyNode, child: int, shape: torch.Size) -> Rows | None:
+    if node._saved_scale_grad_by_freq:
+        return None
+    indices = node._saved_indices
+    padding = indices.flatten() == _signed(node._saved_padding_idx)
+
+    def right(grad: Tensor) -> Tensor:
+        rows = grad.reshape(*grad.shape[: grad.ndim - indices.ndim - 1], indices.numel(), shape[-1])
+        return rows.masked_fill(padding[:, None], 0)
+
+    def contract(left: Tensor | None, right: Tensor) -> Tensor:
+        assert left is not None
+        return right.new_zeros(*right.shape[:-2], *shape).index_add_(-2, left, right)
+
+    return Rows(indices.flatten(), right, contract, outer=True)
