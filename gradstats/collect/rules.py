@@ -213,3 +213,109 @@ def _embedding(node: AnyNode, child: int, shape: torch.Size) -> Rows | None:
         return right.new_zeros(*right.shape[:-2], *shape).index_add_(-2, left, right)
 
     return Rows(indices.flatten(), right, contract, outer=True)
+
+
+# ---- operands that are broadcast: biases, scales, positions ----------------------------------------------------------
+
+
+@rule("AddBackward0")
+def _add(node: AnyNode, child: int, shape: torch.Size) -> Rows | None:
+    if child == 1 and node._saved_alpha != 1:
+        return None
+    return _broadcast(node, shape, lambda grad: grad)
+
+
+@rule("MulBackward0")
+def _mul(node: AnyNode, child: int, shape: torch.Size) -> Rows | None:
+    factor = node._saved_self if child == 1 else node._saved_other
+    return _broadcast(node, shape, lambda grad: grad * factor)
+
+
+def _broadcast(node: AnyNode, shape: torch.Size, product: Callable[[Tensor], Tensor]) -> Rows | None:
+    """The rows of an operand that is repeated over the first dimensions of the output, and maybe over later ones."""
+    output = torch.Size(node._input_metadata[0].shape)
+    padded = (*(1,) * (len(output) - len(shape)), *shape)
+    first = next((i for i, size in enumerate(padded) if size != 1), len(padded))
+    if output[:first].numel() == 1:
+        return None
+    repeated = [i - len(output) for i in range(first, len(output)) if padded[i] != output[i]]
+
+    def right(grad: Tensor) -> Tensor:
+        grad = product(grad)
+        if repeated:
+            grad = grad.sum(repeated, keepdim=True)
+        return grad.reshape(*grad.shape[: grad.ndim - len(output)], output[:first].numel(), shape.numel())
+
+    return Rows.summed(right, shape)
+
+
+# ---- normalisation ---------------------------------------------------------------------------------------------------
+
+
+@rule("NativeLayerNormBackward0")
+def _layer_norm(node: AnyNode, child: int, shape: torch.Size) -> Rows | None:
+    x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
+
+    def right(grad: Tensor) -> Tensor:
+        if child == 1:
+            grad = (x - mean).mul_(rstd) * grad
+        return grad.reshape(*grad.shape[: grad.ndim - x.ndim], -1, shape.numel())
+
+    return Rows.summed(right, shape)
+
+
+@rule("FusedRmsNormBackward0")
+def _rms_norm(node: AnyNode, child: int, shape: torch.Size) -> Rows | None:
+    x, rstd = node._saved_input, node._saved_result1
+    return Rows.summed(
+        lambda grad: (x * rstd * grad).reshape(*grad.shape[: grad.ndim - x.ndim], -1, shape.numel()), shape
+    )
+
+
+@rule("NativeGroupNormBackward0")
+def _group_norm(node: AnyNode, child: int, shape: torch.Size) -> Rows | None:
+    x = node._saved_input
+    by_group = (*node._saved_result1.shape, -1)
+    mean, rstd = node._saved_result1[..., None], node._saved_result2[..., None]
+    return _by_channel(x, lambda: (x.reshape(by_group) - mean).mul_(rstd).view(x.shape), child, shape)
+
+
+@rule("NativeBatchNormBackward0")
+def _batch_norm(node: AnyNode, child: int, shape: torch.Size) -> Rows | None:
+    if node._saved_training:  # which mixes samples
+        return None
+    x, by_channel = node._saved_input, (-1, *(1,) * (node._saved_input.ndim - 2))
+    mean, variance = node._saved_running_mean.view(by_channel), node._saved_running_var.view(by_channel)
+    return _by_channel(x, lambda: (x - mean) * (variance + node._saved_eps).rsqrt(), child, shape)
+
+
+def _by_channel(x: Tensor, normalised: Callable[[], Tensor], child: int, shape: torch.Size) -> Rows:
+    """The weight (child 1) or the bias of a norm of ``x [N, C, ...]``: for each sample the sum over its positions."""
+
+    def right(grad: Tensor) -> Tensor:
+        if child == 1:
+            grad = normalised() * grad
+        return grad.reshape(*grad.shape[: grad.ndim - x.ndim + 2], -1).sum(-1)
+
+    return Rows.summed(right, shape)
+
+
+# ---- convolutions ----------------------------------------------------------------------------------------------------
+
+
+@rule("ConvolutionBackward0")
+def _convolution(node: AnyNode, child: int, shape: torch.Size) -> Rows | None:
+    x, weight = node._saved_input, node._saved_weight
+    sizes = (node._saved_stride, node._saved_padding, node._saved_dilation)
+    kind = (node._saved_transposed, node._saved_output_padding, node._saved_groups)
+    if child == 2:
+        return Rows.summed(lambda grad: grad.reshape(*grad.shape[: grad.ndim - x.ndim + 2], -1).sum(-1), shape)
+
+    def contract(left: Tensor | None, right: Tensor) -> Tensor:
+        if right.ndim > x.ndim:
+            return torch.stack([contract(left, one) for one in right])
+        mask = [False, True, False]
+        grad: Tensor = torch.ops.aten.convolution_backward(right, left, weight, None, *sizes, *kind, mask)[1]
+        return grad
+
+    return Rows(x, lambda grad: grad, contract) if child == 1 else None
