@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -32,8 +33,9 @@ class GradStats:
         present: Bool tensor ``[T]``; False for a task that had no loss at this step (its row is zero). Scalar metrics
             and means over steps count pairs of present tasks only.
         groups: Gramians of disjoint groups of parameters by group name, whose sum is ``gram``; empty unless asked for.
-        method: How the Gramian was obtained, such as ``"pairwise"`` or ``"batched"``.
-        standard_error: Relative standard error of the entries where they are estimates; None where they are exact.
+        method: How the Gramian was obtained, such as ``"pairwise"``, ``"batched"`` or ``"sketch"``.
+        standard_error: Float64 ``[T, T]``, the standard error of each entry of ``gram`` where they are estimates (those
+            of different steps and of different parameters independent); None where they are exact.
     """
 
     gram: Tensor
@@ -41,7 +43,7 @@ class GradStats:
     present: Tensor
     groups: Mapping[str, GradStats] = field(default_factory=dict)
     method: str = "pairwise"
-    standard_error: float | None = None
+    standard_error: Tensor | None = None
 
     # ---- shape ------------------------------------------------------------------------------------------------------
 
@@ -85,6 +87,13 @@ class GradStats:
         finite = norms.isfinite()[:, None] & norms.isfinite()[None, :]
         similarity = torch.where(finite, torch.where(zero, 0.0, similarity), torch.nan)
         return _symmetric(similarity, similarity.diagonal())
+
+    @property
+    def norm_standard_error(self) -> Tensor | None:
+        """Standard error of ``norms`` to first order, ``se_ii / (2 n_i)``, float64 ``[T]``; None where they are exact."""
+        if self.standard_error is None:
+            return None
+        return torch.where(self.norms == 0, 0.0, self.standard_error.diagonal() / (2.0 * self.norms))
 
     # ---- scalars ----------------------------------------------------------------------------------------------------
 
@@ -134,7 +143,13 @@ class GradStats:
         """
         w = self._as_weights(weights)
         groups = {name: stats.weighted(w) for name, stats in self.groups.items()}
-        return replace(self, gram=w[:, None] * self.gram * w[None, :], groups=groups)
+        error = self.standard_error
+        return replace(
+            self,
+            gram=w[:, None] * self.gram * w[None, :],
+            groups=groups,
+            standard_error=None if error is None else w.abs()[:, None] * error * w.abs()[None, :],
+        )
 
     def alignment(self, weights: Tensor | Sequence[float]) -> Tensor:
         """Cosine of each task gradient to the weighted sum ``Σ_j w_j g_j``, float64 ``[T]``; 0 where either is zero.
@@ -181,8 +196,8 @@ class GradStats:
             gram=self.gram + other.gram,
             present=self.present | other.present,
             groups=groups,
-            method=self.method if self.method == other.method else f"{self.method}+{other.method}",
-            standard_error=_largest(self.standard_error, other.standard_error),
+            method=_joined([self.method, other.method]),
+            standard_error=_root_sum_of_squares([self.standard_error, other.standard_error]),
         )
 
     @staticmethod
@@ -205,16 +220,22 @@ class GradStats:
             first._check_same_tasks(other)
         pairs = torch.stack([s.present[:, None] & s.present[None, :] for s in steps])
         grams = torch.stack([s.gram for s in steps])
-        total = torch.where(pairs, grams, 0.0).sum(0)
-        errors = [s.standard_error for s in steps if s.standard_error is not None]
+        total, count = torch.where(pairs, grams, 0.0).sum(0), pairs.sum(0).clamp_min(1)
+        # Independent errors average out: that of a mean of n is the root of their sum of squares over n.
+        error = _root_sum_of_squares(
+            [
+                None if s.standard_error is None else torch.where(pair, s.standard_error, 0.0)
+                for s, pair in zip(steps, pairs, strict=True)
+            ]
+        )
         shared_groups = set(first.groups).intersection(*(s.groups for s in steps))
         return replace(
             first,
-            gram=total / pairs.sum(0).clamp_min(1),
+            gram=total / count,
             present=torch.stack([s.present for s in steps]).any(0),
             groups={k: GradStats.mean([s.groups[k] for s in steps]) for k in first.groups if k in shared_groups},
-            # Independent errors average out: that of a mean of n is 1/n times the root of the sum of squares.
-            standard_error=math.hypot(*errors) / len(steps) if errors else None,
+            method=_joined([s.method for s in steps]),
+            standard_error=None if error is None else error / count,
         )
 
     def _check_same_tasks(self, other: GradStats) -> None:
@@ -224,9 +245,14 @@ class GradStats:
     # ---- out of the process -----------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, float]:
-        """All metrics as flat floats for a logger, such as ``norm/seg``, ``cosine/seg/depth`` and ``mean_cosine``."""
+        """All metrics as flat floats for a logger, such as ``norm/seg``, ``cosine/seg/depth`` and ``mean_cosine``.
+
+        Where the Gramian is an estimate, ``norm_standard_error/seg`` says how good one.
+        """
         norms, cosine, similarity = self.norms.tolist(), self.cosine.tolist(), self.magnitude_similarity.tolist()
         out = {f"norm/{name}": norms[i] for i, name in enumerate(self.names)}
+        if (errors := self.norm_standard_error) is not None:
+            out.update(zip((f"norm_standard_error/{name}" for name in self.names), errors.tolist(), strict=True))
         for i, a in enumerate(self.names):
             for j in range(i + 1, self.num_tasks):
                 out[f"cosine/{a}/{self.names[j]}"] = cosine[i][j]
@@ -274,7 +300,11 @@ class GradStats:
         width = max(len(name) for name in self.names)
         norms, cosine = self.norms.tolist(), self.cosine.tolist()
         finite, present = self.finite.tolist(), self.present.tolist()
-        lines = [f"GradStats of {self.num_tasks} tasks ({self.method})", f"{'':{width}}  {'norm':>10}  cosine"]
+        how = self.method.replace("sketch", "sketched")
+        if (errors := self.norm_standard_error) is not None:
+            known = self.present & (self.norms > 0)
+            how += f", norms ± {float((errors / self.norms)[known].mean()):.1%}"
+        lines = [f"GradStats of {self.num_tasks} tasks ({how})", f"{'':{width}}  {'norm':>10}  cosine"]
         for i, name in enumerate(self.names):
             note = "" if finite[i] else "  not finite"
             note = note if present[i] else "  absent"
@@ -314,9 +344,15 @@ def _symmetric(values: Tensor, diagonal: Tensor) -> Tensor:
     return upper + upper.T + torch.diag(diagonal)
 
 
-def _largest(a: float | None, b: float | None) -> float | None:
-    errors = [e for e in (a, b) if e is not None]
-    return max(errors) if errors else None
+def _joined(methods: Sequence[str]) -> str:
+    """The different methods, as in ``"batched+sketch"``."""
+    return "+".join(dict.fromkeys(methods))
+
+
+def _root_sum_of_squares(errors: Sequence[Tensor | None]) -> Tensor | None:
+    """Standard error of a sum from those of its independent terms; None stands for an exact one."""
+    given = [error for error in errors if error is not None]
+    return functools.reduce(torch.hypot, given) if given else None  # hypot: no square leaves the range of float64
 
 
 def _condition_number(gram: Tensor) -> float:

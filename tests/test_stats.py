@@ -1,6 +1,7 @@
 """Every metric of GradStats against its definition on the task gradients themselves, in float64."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -186,10 +187,66 @@ def test_mean_counts_pairs_that_were_present():
         GradStats.mean([])
 
 
-def test_standard_errors_combine():
-    a, b = (stats_of(random_jacobian(2), standard_error=e) for e in (0.3, 0.4))
-    assert GradStats.mean([a, b]).standard_error == pytest.approx(0.25)
-    assert (a + b).standard_error == 0.4
+def sketched(jacobian: Tensor, error: float, **fields) -> GradStats:
+    """Statistics whose entries are said to be off by ``error``, in units of ``n_i n_j``."""
+    norms = jacobian.double().norm(dim=1)
+    return stats_of(jacobian, method="sketch", standard_error=error * torch.outer(norms, norms), **fields)
+
+
+def test_independent_standard_errors_combine():
+    first, second = sketched(random_jacobian(3, 1), 0.3), sketched(random_jacobian(3, 2), 0.4)
+    root = (first.standard_error.square() + second.standard_error.square()).sqrt()
+    torch.testing.assert_close(GradStats.mean([first, second]).standard_error, root / 2)
+    torch.testing.assert_close((first + second).standard_error, root)
+    exact = stats_of(random_jacobian(3, 3), method="batched")
+    torch.testing.assert_close((first + exact).standard_error, first.standard_error)
+    torch.testing.assert_close(GradStats.mean([exact, first]).standard_error, first.standard_error / 2)
+    assert (first + exact).method == "sketch+batched"
+    assert GradStats.mean([first, second]).method == "sketch"
+    assert GradStats.mean([exact, exact]).standard_error is None
+
+
+def test_the_standard_error_of_a_mean_counts_the_steps_in_which_a_pair_was_present():
+    absent = sketched(random_jacobian(3, 2), 0.4, present=torch.tensor([True, True, False]))
+    first = sketched(random_jacobian(3, 1), 0.3)
+    error = GradStats.mean([first, absent]).standard_error
+    torch.testing.assert_close(error[2], first.standard_error[2])
+    torch.testing.assert_close(error[0, 1], torch.hypot(first.standard_error, absent.standard_error)[0, 1] / 2)
+
+
+def test_standard_errors_of_mean_gramians_are_those_of_repeated_draws():
+    """Means of 4 Wishart matrices of 16 degrees of freedom, of two parameter sets: stated and seen errors agree."""
+    jacobian, generator = random_jacobian(3), torch.Generator().manual_seed(3)
+
+    def draw(part: Tensor) -> GradStats:
+        products = part @ torch.randn(part.shape[1], 16, generator=generator, dtype=torch.float64)
+        gram = part @ part.T
+        error = ((gram.square() + torch.outer(gram.diagonal(), gram.diagonal())) / 16).sqrt()
+        return replace(stats_of(products / 4), standard_error=error, method="sketch")
+
+    means = [
+        GradStats.mean([draw(jacobian[:, :15]) + draw(jacobian[:, 15:]) for _ in range(4)]).weighted([1.0, -2.0, 3.0])
+        for _ in range(400)
+    ]
+    seen = torch.stack([mean.gram for mean in means]).std(0)
+    torch.testing.assert_close(means[0].standard_error, seen, rtol=0.15, atol=0)
+
+
+def test_sketched_statistics_say_so_wherever_they_go(tmp_path):
+    stats = sketched(random_jacobian(3), 0.25, groups={"g": sketched(random_jacobian(3, 1), 0.5)})
+    assert "sketched, norms ± 12.5%" in repr(stats)
+    values = stats.to_dict()
+    assert values["norm_standard_error/t1"] == pytest.approx(0.125 * values["norm/t1"])
+    assert len(values) == 2 * 3 + 2 * 3 + 4
+    stats.save(tmp_path / "stats.pt")
+    loaded = GradStats.load(tmp_path / "stats.pt")
+    assert torch.equal(loaded.standard_error, stats.standard_error)
+    assert torch.equal(loaded.groups["g"].standard_error, stats.groups["g"].standard_error)
+    assert loaded.method == "sketch"
+    assert "±" not in repr(stats_of(random_jacobian(3)))
+    zero = sketched(torch.tensor([[0.0, 0.0], [1.0, 2.0]]), 0.25)
+    assert zero.norm_standard_error.tolist() == pytest.approx([0.0, 0.125 * math.sqrt(5)])
+    assert "norms ± 12.5%" in repr(zero)
 
 
 def test_to_dict_is_flat_and_complete():
