@@ -1,0 +1,311 @@
+"""What gradient statistics, and AutoScale, add to the time of training.
+
+Every training is run without gradstats (the plain sum of the losses) and with each variant, all of them step by step
+in turn, in an order that rotates, so that whatever else the machine does hits all of them. Compared is the CPU time of
+all steps (one thread): forward pass, collection, backward and optimizer. The whole is repeated; given are the median
+ratio and the range.
+
+* Statistics: 8 tasks on the MLP and the Transformer of ``cases.py``; exact Gramians every 100 steps, sketched ones
+  every 50. The steps between are compared apart.
+* AutoScale: the demo's network (``examples/digits.py``) with 2 and 3 tasks, and a small autoencoder of the same images
+  with 40 tasks, each to draw one pixel; as many steps as the demo takes.
+
+    python benchmarks/overhead.py --out benchmarks/results/overhead.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from cases import MODELS, build_case
+from collect import describe, reason, stamp
+from render import number
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+import gradstats
+from gradstats.data import OverlaidDigits, overlaid_digits
+from gradstats.report import write_file
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from digits import TASKS, Digits, compute_losses
+
+DEMO_STEPS, BATCH_SIZE = 1608, 64
+PIXELS = 40
+
+#: The losses of the next step.
+NextLosses: TypeAlias = Callable[[], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained.
+
+    Attributes:
+        title: For tables.
+        tasks: Names of the tasks.
+        steps: Number of steps.
+        make: A fresh model's parameters, and its losses.
+    """
+
+    title: str
+    tasks: tuple[str, ...]
+    steps: int
+    make: Callable[[], tuple[list[nn.Parameter], NextLosses]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is added to it.
+
+    Attributes:
+        title: For tables.
+        limit: The largest ratio that is good, or None.
+        scalarizer: Makes it for a training; None stands for the plain sum.
+        fused: Whether ``scalarizer.backward(losses)`` is called in place of ``scalarizer(losses).backward()``.
+    """
+
+    title: str
+    limit: float | None = None
+    scalarizer: Callable[[Training], gradstats.Scalarizer] | None = None
+    fused: bool = False
+
+
+# ---- trainings -------------------------------------------------------------------------------------------------------
+
+
+def fixed_batch(model: str, num_tasks: int) -> tuple[list[nn.Parameter], NextLosses]:
+    """A model of ``cases.py`` on its one batch."""
+    case = build_case(model, num_tasks, "shared")
+
+    def losses() -> dict[str, Tensor]:
+        return {f"task{t}": loss for t, loss in enumerate(case.forward()[1])}
+
+    return [*case.parameters, *case.heads.parameters()], losses
+
+
+def random_batches(data: OverlaidDigits) -> Iterator[dict[str, Tensor]]:
+    """The same batches at every call."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield data[torch.randint(len(data), (BATCH_SIZE,), generator=generator)]
+
+
+def digits(data: OverlaidDigits, tasks: tuple[str, ...]) -> tuple[list[nn.Parameter], NextLosses]:
+    """The demo's network."""
+    torch.manual_seed(0)
+    model, batches = Digits(tasks), random_batches(data)
+    return list(model.parameters()), lambda: compute_losses(model, next(batches), reconstruction="sum")
+
+
+def pixels(data: OverlaidDigits) -> tuple[list[nn.Parameter], NextLosses]:
+    """An autoencoder whose tasks are to draw a pixel each; the losses' scales are those of the pixels."""
+    torch.manual_seed(0)
+    size = data.images[0].numel()
+    encoder = nn.Sequential(nn.Linear(size, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64))
+    heads = nn.ModuleList([nn.Linear(64, 1) for _ in range(PIXELS)])
+    batches = random_batches(data)
+
+    def losses() -> dict[str, Tensor]:
+        flat = next(batches)["image"].flatten(1)
+        code = encoder(flat / 16.0).relu()
+        # From the middle of the canvas, where every pixel varies.
+        targets = flat[:, (size - PIXELS) // 2 :].unbind(1)
+        return {
+            f"pixel{i}": (head(code)[:, 0] - target).square().mean()
+            for i, (head, target) in enumerate(zip(heads, targets, strict=False))
+        }
+
+    return [*encoder.parameters(), *heads.parameters()], losses
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Trainee:
+    """One training with one variant, taken step by step.
+
+    Attributes:
+        seconds: CPU time of each step.
+        recorded: Whether each step recorded statistics.
+    """
+
+    def __init__(self, training: Training, variant: Variant) -> None:
+        parameters, self.losses = training.make()
+        self.optimizer = torch.optim.AdamW(parameters, 1e-3)
+        self.scalarizer = variant.scalarizer(training) if variant.scalarizer is not None else None
+        self.fused = variant.fused
+        self.seconds: list[float] = []
+        self.recorded: list[bool] = []
+
+    def step(self) -> None:
+        """Take one step and its time."""
+        self.recorded.append(self.scalarizer is not None and self.scalarizer.wants_stats())
+        start = time.process_time()
+        losses = self.losses()
+        if self.scalarizer is None:
+            torch.stack(list(losses.values())).sum().backward()
+        elif self.fused:
+            self.scalarizer.backward(losses)
+        else:
+            self.scalarizer(losses).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.seconds.append(time.process_time() - start)
+
+    def median_seconds(self, recorded: bool) -> float | None:
+        """That of the steps that recorded, or of the others."""
+        chosen = [s for s, r in zip(self.seconds, self.recorded, strict=True) if r == recorded]
+        return statistics.median(chosen) if chosen else None
+
+
+def failure(training: Training, variant: Variant) -> Exception | None:
+    """Take a few steps, which also warms up, and return what was raised."""
+    try:
+        trainee = Trainee(training, variant)
+        for _ in range(3):
+            trainee.step()
+    except Exception as error:  # what cannot be done is a result
+        return error
+    return None
+
+
+def compare(training: Training, variants: list[Variant], repeats: int) -> list[dict[str, Any]]:
+    """One record for each variant but the plain sum."""
+    plain = Variant("plain sum")
+    failed = {v.title: error for v in variants if (error := failure(training, v)) is not None}
+    running = [plain, *(v for v in variants if v.title not in failed)]
+    ratios: dict[str, list[float]] = {v.title: [] for v in running}
+    by_kind: dict[str, dict[bool, list[float]]] = {v.title: {False: [], True: []} for v in running}
+    counts = dict.fromkeys(ratios, 0)
+    for _ in range(repeats):
+        trainees = {v.title: Trainee(training, v) for v in running}
+        order = list(trainees.values())
+        for i in track(range(training.steps), description=training.title):
+            turn = i % len(order)
+            for trainee in order[turn:] + order[:turn]:
+                trainee.step()
+        base = trainees[plain.title]
+        for name, trainee in trainees.items():
+            ratios[name].append(sum(trainee.seconds) / sum(base.seconds))
+            for recorded, found in by_kind[name].items():
+                if (seconds := trainee.median_seconds(recorded)) is not None:
+                    found.append(seconds / statistics.median(base.seconds))
+            counts[name] = sum(trainee.recorded)
+    records = []
+    for variant in variants:
+        record: dict[str, Any] = {
+            "training": training.title,
+            "num_tasks": len(training.tasks),
+            "steps": training.steps,
+            "variant": variant.title,
+            "limit": variant.limit,
+        }
+        name = variant.title
+        if name in failed:
+            record |= reason(failed[name])
+        else:
+            ratio = {
+                "median": statistics.median(ratios[name]),
+                "lowest": min(ratios[name]),
+                "highest": max(ratios[name]),
+            }
+            record |= {"repeats": repeats, "recorded_steps": counts[name], "ratio": ratio}
+            for recorded, key in ((True, "recorded_step_ratio"), (False, "other_step_ratio")):
+                found = by_kind[name][recorded]
+                record[key] = statistics.median(found) if found else None
+        records.append(record)
+    return records
+
+
+def monitor(training: Training, **options: Any) -> gradstats.Scalarizer:
+    """Unitary weights, with statistics."""
+    return gradstats.Scalarizer("uniform", tasks=training.tasks, **options)
+
+
+def autoscale(training: Training) -> gradstats.Scalarizer:
+    """AutoScale over the whole training."""
+    return gradstats.Scalarizer("autoscale", tasks=training.tasks, total_steps=training.steps)
+
+
+STATISTICS = [
+    Variant("a Scalarizer that records nothing", None, monitor),
+    Variant("exact statistics every 100 steps", 1.05, partial(monitor, record_every=100)),
+    Variant("the same, fused", 1.05, partial(monitor, record_every=100), fused=True),
+    Variant("sketched statistics every 50 steps", 1.05, partial(monitor, record_every=50, method="sketch")),
+]
+
+
+def comparisons(steps: int | None) -> list[tuple[Training, list[Variant]]]:
+    """All trainings with their variants."""
+    names = tuple(f"task{t}" for t in range(8))
+    data = overlaid_digits()["train"]
+    chosen: list[tuple[Training, list[Variant]]] = [
+        (Training(f"{MODELS[model].title}, 8 heads", names, steps or 200, partial(fixed_batch, model, 8)), STATISTICS)
+        for model in ("mlp", "transformer")
+    ]
+    trainings = [
+        Training(f"digits demo, {' and '.join(tasks)}", tasks, steps or DEMO_STEPS, partial(digits, data, tasks))
+        for tasks in (TASKS[:2], TASKS)
+    ]
+    pixel_names = tuple(f"pixel{i}" for i in range(PIXELS))
+    trainings.append(Training("pixels of digits", pixel_names, steps or DEMO_STEPS, partial(pixels, data)))
+    for training in trainings:
+        limit = 1.05 if len(training.tasks) <= 3 else 1.15
+        both = [Variant("AutoScale", limit, autoscale), Variant("AutoScale, fused", limit, autoscale, fused=True)]
+        chosen.append((training, both))
+    return chosen
+
+
+def show(records: list[dict[str, Any]]) -> Table:
+    """All records."""
+    shown = Table("training", "T", "with", "time / without", "limit", "recorded", "a recorded step", "another step")
+    for r in records:
+        ratio, limit = r.get("ratio"), r["limit"]
+        missed = ratio is not None and limit is not None and ratio["median"] > limit
+        shown.add_row(
+            r["training"],
+            str(r["num_tasks"]),
+            r["variant"],
+            escape(r["absent"]) if ratio is None else "{median:.3f} ({lowest:.3f} to {highest:.3f})".format(**ratio),
+            "" if limit is None else f"{limit:g}",
+            "" if ratio is None else f"{r['recorded_steps']} of {r['steps']}",
+            *(number(r.get(key), 3) for key in ("recorded_step_ratio", "other_step_ratio")),
+            style="bold red" if missed else None,
+        )
+    return shown
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
+    parser.add_argument("--only", default="", help="trainings whose title holds this")
+    parser.add_argument("--steps", type=int, help="steps of every training (200, and for AutoScale 1608)")
+    parser.add_argument("--repeats", type=int, default=3, help="trainings of each kind (3)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {"machine": describe() | stamp(), "records": []}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for training, variants in comparisons(options.steps):
+        if options.only in training.title:
+            results["records"] += compare(training, variants, options.repeats)
+            write_file(options.out, json.dumps(results, indent=1) + "\n")
+    Console(width=None if sys.stdout.isatty() else 140).print(show(results["records"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""What the committed results say: tables in the documentation, a picture, and whether the targets are met.
+
+    python benchmarks/render.py            # rewrites what stands between <!-- table: NAME --> and <!-- end -->
+    python benchmarks/render.py --check    # only says whether anything would change
+
+No number in those tables is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cases import MODELS
+from methods import APART, FUSED, METHODS, OURS, PLAIN, TASK_BACKWARDS
+
+from gradstats.report import COLOURS, save_figure, table, write_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PICTURE = "docs/images/collect.png"
+
+SLOWER, FATTER = 1.10, 1.02  # a peer must be better by more than noise to count as better
+LABELS = {
+    OURS: "gradstats",
+    "loop-stack": "T × grad, stack, matmul",
+    "loop": "T × grad, by parameter",
+    "vmap-cat": "is_grads_batched, cat, matmul",
+    "vmap": "is_grads_batched, by parameter",
+    "func": "torch.func",
+    "autogram": "TorchJD autogram",
+    "autojac": "TorchJD autojac",
+    "autojac-loop": "TorchJD autojac, one by one",
+    "mtl-backward": "TorchJD mtl_backward",
+    "opacus": "Opacus",
+    "backpack": "BackPACK",
+}
+DRAWN = (OURS, "loop-stack", "loop", "vmap", "autogram", "autojac", "mtl-backward")
+
+Cell = Mapping[str, Any]
+Results = Mapping[str, Any]
+
+# ---- verdicts on a run of collect.py --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One comparison.
+
+    Attributes:
+        what: What is compared.
+        value: A ratio, or a number in the unit that ``what`` names.
+        limit: The largest value that is good.
+    """
+
+    what: str
+    value: float
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value is good."""
+        return self.value <= self.limit
+
+
+def find(results: Results, **size: Any) -> Any:
+    """The cell of that model, sharing and num_tasks, or None."""
+    return next((c for c in results["cells"] if all(c[key] == value for key, value in size.items())), None)
+
+
+def median(cell: Cell | None, what: str, method: str) -> float | None:
+    """Milliseconds or MiB, or None if there is no such number."""
+    found = {} if cell is None else cell.get(what, {}).get("methods", {}).get(method, {})
+    return found.get("median")
+
+
+def title(cell: Cell) -> str:
+    """A cell in words."""
+    return f"{MODELS[cell['model']].title}, {cell['sharing']}, T = {cell['num_tasks']}"
+
+
+def against_peers(results: Results) -> list[Verdict]:
+    """Ours against the best exact peer, in time and memory of every cell."""
+    verdicts = []
+    for cell in results["cells"]:
+        for what, limit in (("time", SLOWER), ("memory", FATTER)):
+            peers = {name: median(cell, what, name) for name, method in METHODS.items() if method.kind == "peer"}
+            known = {name: value for name, value in peers.items() if value is not None}
+            ours = median(cell, what, OURS)
+            best = min(known, key=lambda name: known[name], default=None)
+            if best is not None and known[best] and ours is not None:
+                verdicts.append(Verdict(f"{title(cell)}: {what} / {LABELS[best]}", ours / known[best], limit))
+    return verdicts
+
+
+def targets(results: Results) -> list[Verdict]:
+    """What the project set itself beyond that, as far as it has been measured."""
+    verdicts = []
+
+    def ratio(cell: Cell | None, what: str, method: str, other: str, limit: float) -> None:
+        value, reference = median(cell, what, method), median(cell, what, other)
+        if cell is not None and value is not None and reference is not None:
+            verdicts.append(Verdict(f"{title(cell)}: {what}, {method} / {other}", value / reference, limit))
+
+    for model in ("cnn", "transformer", "nn-transformer"):
+        cell = find(results, model=model, sharing="shared", num_tasks=32)
+        ratio(cell, "time", OURS, "autogram", 0.75)
+        ratio(cell, "memory", OURS, "autogram", 0.55)
+    cell = find(results, model="mlp", sharing="shared", num_tasks=32)
+    ratio(cell, "time", OURS, "autogram", 0.22)
+    mebibytes = median(cell, "memory", OURS)
+    if mebibytes is not None:
+        verdicts.append(Verdict(f"{title(cell)}: MiB", mebibytes, 120.0))
+    for cell in results["cells"]:
+        ratio(cell, "time", FUSED, TASK_BACKWARDS, 1.05)
+        ratio(cell, "time", FUSED, APART, 1.0)
+    return verdicts
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A few significant digits, or a dash."""
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if value >= 10 ** (digits - 1) else f"{value:#.{digits}g}"
+
+
+def errors(cell: Cell, kind: str) -> str:
+    """Relative errors of methods of a kind: the largest, or the range."""
+    methods = cell.get("time", {}).get("methods", {})
+    found = [m["error"] for name, m in methods.items() if METHODS[name].kind == kind and m.get("error") is not None]
+    if not found:
+        return "–"
+    low, high = f"{min(found):.0e}", f"{max(found):.0e}"
+    return low if low == high else f"{low} … {high}"
+
+
+def collect_table(what: str, sharing: str) -> str:
+    """Time as a multiple of a plain backward, or peak memory in MiB, of every method in every cell."""
+    results = load("collect")
+    chosen = [cell for cell in results["cells"] if cell["sharing"] == sharing and what in cell]
+    shown = [name for name in LABELS if any(median(cell, what, name) for cell in chosen)]
+    unit = "ms" if what == "time" else "MiB"
+    header = ["model", "T", f"plain backward ({unit})", *[LABELS[name] for name in shown]]
+    rows = []
+    for cell in chosen:
+        plain = median(cell, what, PLAIN)
+        values = [median(cell, what, name) for name in shown]
+        if what == "time":
+            values = [None if v is None or plain is None else v / plain for v in values]
+        best = min((v for v in values if v is not None), default=None)
+        cells = [f"**{number(v)}**" if v is not None and v == best else number(v) for v in values]
+        row = [MODELS[cell["model"]].title, str(cell["num_tasks"]), number(plain), *cells]
+        rows.append([*row, errors(cell, "ours"), errors(cell, "peer")] if what == "time" else row)
+    if what == "time":
+        header += ["error, ours", "error, the others"]
+    return table(header, rows, markdown=True)
+
+
+def targets_table() -> str:
+    """Every target with what was measured."""
+    verdicts = targets(load("collect"))
+    rows = [[v.what, number(v.value, 3), f"≤ {v.limit:g}", "yes" if v.holds else "**no**"] for v in verdicts]
+    return table(["target", "measured", "limit", "met"], rows, markdown=True)
+
+
+def pairwise_table() -> str:
+    """``pairwise`` on one thread, in float32, on many entries."""
+    records = [r for r in load("pairwise_cpu")["records"] if r["threads"] == 1 and r["dtype"] == "float32"]
+    rows = []
+    for num_tasks in sorted({r["num_tasks"] for r in records}):
+        most = max(r["entries"] for r in records if r["num_tasks"] == num_tasks)
+        by = {r["method"]: r for r in records if r["num_tasks"] == num_tasks and r["entries"] == most}
+        ours, ready = by["gradstats.pairwise"], by["mm, ready-made"]
+        one_place = [by[name]["milliseconds"] for name in ("read limit", "read loop, no prefetch")]
+        rows.append(
+            [
+                str(num_tasks),
+                *[f"{value:.1f}" for value in (*one_place, ours["milliseconds"])],
+                f"{ours['percent_of_read_limit']:.0f}",
+                f"{by['stack(cat) @ .T']['milliseconds']:.0f}",
+                f"{ready['milliseconds']:.0f}",
+                f"{ours['error']:.0e}",
+                f"{ready['error']:.0e}",
+            ]
+        )
+    header = ["T", "read limit", "plain read loop", "`pairwise`", "% of limit", "`stack(cat) @ .T`", "ready-made `mm`"]
+    return table([*header, "error, ours", "error, `mm`"], rows, markdown=True)
+
+
+def overhead_table() -> str:
+    """CPU time of training with statistics or AutoScale, relative to training without."""
+    rows = []
+    for record in load("overhead")["records"]:
+        ratio = record.get("ratio")
+        whole = "–" if ratio is None else "{median:.3f} ({lowest:.3f} to {highest:.3f})".format(**ratio)
+        steps = [number(record.get(key), 3) for key in ("recorded_step_ratio", "other_step_ratio")]
+        rows.append([record["training"], str(record["num_tasks"]), record["variant"], whole, *steps])
+    header = ["training", "T", "with", "time / without", "a recorded step", "another step"]
+    return table(header, rows, markdown=True)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "pairwise": pairwise_table,
+    "overhead": overhead_table,
+    "collect targets": targets_table,
+} | {
+    f"collect {what} {sharing}": functools.partial(collect_table, what, sharing)
+    for what in ("time", "memory")
+    for sharing in ("shared", "disjoint", "per-sample")
+}
+
+
+def load(name: str) -> Any:
+    """Results committed under that name."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def rendered(text: str, tables: Mapping[str, Callable[[], str]] | None = None) -> str:
+    """``text`` with the tables between its markers made anew.
+
+    Raises:
+        ValueError: If a marker names no known table.
+    """
+    known = TABLES if tables is None else tables
+
+    def replace(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in known:
+            raise ValueError(f"marker: expected one of {', '.join(known)}, got {name!r}")
+        return f"<!-- table: {name} -->\n\n{known[name]()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (?P<name>[^>]*?) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+# ---- the picture ----------------------------------------------------------------------------------------------------
+
+
+def collect_picture(results: Results, sharings: Sequence[str] = ("shared", "disjoint")) -> Figure:
+    """Time and memory of ours and of the peers, one dot for each method in each cell."""
+    from matplotlib.figure import Figure
+
+    by_sharing = {s: [c for c in results["cells"] if c["sharing"] == s] for s in sharings}
+    by_sharing = {s: found for s, found in by_sharing.items() if found}
+    heights = [len(found) + 1 for found in by_sharing.values()]
+    figure = Figure(figsize=(10, 1.6 + 0.24 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(by_sharing), 2, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for row, (sharing, found) in zip(panels, by_sharing.items(), strict=True):
+        for panel, what in zip(row, ("time", "memory"), strict=True):
+            _dots(panel, found, what)
+        row[1].tick_params(labelleft=False)
+        row[0].set_title(f"Tasks with {sharing} samples", loc="left", fontsize=10)
+    panels[-1][0].set_xlabel("CPU time / plain backward")
+    panels[-1][1].set_xlabel("peak memory over model and data (MiB)")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def _dots(panel: Axes, found: Iterable[Cell], what: str) -> None:
+    cells = list(found)
+    for colour, name in zip(COLOURS, DRAWN, strict=True):
+        points = []
+        for y, cell in enumerate(cells):
+            value, plain = median(cell, what, name), median(cell, what, PLAIN)
+            if value and plain:
+                points.append((value / plain if what == "time" else value, y))
+        ours = name == OURS
+        panel.scatter(
+            [x for x, _ in points],
+            [y for _, y in points],
+            s=70 if ours else 28,
+            color=colour,
+            marker="D" if ours else "o",
+            label=LABELS[name],
+            zorder=3 if ours else 2,
+            alpha=1.0 if ours else 0.8,
+        )
+    panel.set_xscale("log")
+    panel.set_yticks(range(len(cells)), [f"{MODELS[c['model']].title}, T = {c['num_tasks']}" for c in cells])
+    panel.set_ylim(len(cells) - 0.5, -0.5)
+    panel.grid(color="#E3E3E3", linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is out of date")
+    options = parser.parse_args(arguments)
+    for document in DOCUMENTS:
+        old = document.read_text()
+        new = rendered(old)
+        if new != old and options.check:
+            raise SystemExit(f"{document.relative_to(ROOT)} is out of date: run python benchmarks/render.py")
+        if new != old:
+            write_file(document, new)
+    if not options.check and (RESULTS / "collect.json").exists():
+        save_figure(collect_picture(load("collect")), ROOT / PICTURE)
+
+
+if __name__ == "__main__":
+    main()

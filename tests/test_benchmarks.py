@@ -1,0 +1,174 @@
+"""The benchmarks: that they measure what they say on a tiny model, and that the documents quote what was measured."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import collect
+import pytest
+import render
+import torch
+from cases import SHARINGS, build_case
+from methods import METHODS
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LIBRARIES = {"autogram": "torchjd", "autojac": "torchjd", "mtl-backward": "torchjd", "opacus": "opacus"}
+LIBRARIES |= {"autojac-loop": "torchjd", "backpack": "backpack"}
+
+
+@pytest.fixture
+def measured_here(monkeypatch):
+    """Measure in this process, with 3 rounds."""
+    monkeypatch.setattr(collect, "in_fresh_process", lambda measure, *a, say=lambda _: None: measure(*a, say))
+
+
+def run(out, *options, methods=("backward", "loop", "gradstats")):
+    chosen = ("--models", "tiny", "--tasks", "2", "--sharing", "shared", "--quick", "--methods", *methods)
+    collect.main(["--out", str(out), *chosen, *options])
+    (cell,) = json.loads(out.read_text())["cells"]
+    return cell
+
+
+def results(**methods):
+    """Results of one cell: time and memory by method."""
+    parts = {
+        what: {"methods": {name.replace("_", "-"): {"median": value[i]} for name, value in methods.items()}}
+        for i, what in enumerate(("time", "memory"))
+    }
+    return {"cells": [{"model": "mlp", "sharing": "shared", "num_tasks": 32, **parts}]}
+
+
+@pytest.mark.filterwarnings("ignore")  # Opacus and BackPACK warn of what they do themselves
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_find_the_same_gramian(sharing, name):
+    method = METHODS[name]
+    if sharing not in method.sharings:
+        pytest.skip("not for this sharing")
+    if name in LIBRARIES:
+        pytest.importorskip(LIBRARIES[name])
+    exact = collect.exact_gram(build_case("tiny", 2, sharing))
+    case = build_case("tiny", 2, sharing)
+    try:
+        gram = method.prepare(case)(*case.forward())
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    if method.kind == "mark":
+        assert gram is None
+    elif method.kind != "inexact":
+        assert collect.relative_error(gram, exact) < 1e-6
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_the_exact_gramian_is_that_of_the_trunk(sharing):
+    case = build_case("tiny", 2, sharing)
+    exact = collect.exact_gram(build_case("tiny", 2, sharing))
+    assert exact.dtype == torch.float64
+    for t, loss in enumerate(case.forward()[1]):
+        case.trunk.zero_grad()
+        loss.backward(retain_graph=True)
+        norm = sum(p.grad.double().square().sum() for p in case.trunk.parameters())
+        torch.testing.assert_close(exact[t, t], norm, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.slow
+def test_a_run_in_fresh_processes(tmp_path):
+    out = tmp_path / "results.json"
+    methods = ("backward", "loop", "gradstats")
+    options = ("--models", "mlp", "--tasks", "2", "--sharing", "shared", "--quick", "--methods", *methods)
+    command = [sys.executable, str(BENCHMARKS / "collect.py"), "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "MLP, shared, T = 2" in done.stdout
+    written = json.loads(out.read_text())
+    assert written["machine"]["torch"] == torch.__version__
+    (cell,) = written["cells"]
+    assert (cell["parameters"], cell["samples"]) == (4_723_712, 64)
+    for name in methods:
+        time = cell["time"]["methods"][name]
+        assert 0 < time["quartiles"][0] <= time["median"] <= time["quartiles"][1]
+        assert time["error"] is None if name == "backward" else time["error"] < (1e-6 if name == "gradstats" else 1e-2)
+    assert cell["time"]["methods"]["loop"]["median"] > cell["time"]["methods"]["backward"]["median"]
+    memory = {name: cell["memory"]["methods"][name]["median"] for name in methods}
+    gradient = 4 * cell["parameters"] / 2**20  # MiB
+    assert gradient < memory["backward"] < 2.5 * gradient
+    assert 2 * gradient < memory["loop"] < 6 * gradient  # holds both tasks' gradients
+
+
+def test_resume_measures_what_is_missing_and_again_everything(tmp_path, measured_here):
+    out = tmp_path / "results.json"
+    run(out, "--what", "time", methods=["backward", "loop"])
+    whole = run(out, "--resume")
+    assert set(whole["time"]["methods"]) == set(whole["memory"]["methods"]) == {"backward", "loop", "gradstats"}
+    assert run(out, "--resume") == whole
+    again = run(out, "--again", methods=["gradstats"])
+    assert again["memory"]["methods"]["loop"] == whole["memory"]["methods"]["loop"]
+    assert again["time"]["methods"]["loop"] != whole["time"]["methods"]["loop"]  # times compare in one process only
+    with pytest.raises(SystemExit):
+        run(out)
+
+
+def test_a_method_that_raises_is_absent_with_its_reason(tmp_path, measured_here, monkeypatch):
+    def refuse(case):
+        raise NotImplementedError("not built yet")
+
+    monkeypatch.setitem(METHODS, "loop", dataclasses.replace(METHODS["loop"], prepare=refuse))
+    cell = run(tmp_path / "results.json", methods=["backward", "loop"])
+    for what in ("time", "memory"):
+        assert cell[what]["methods"]["loop"] == {"absent": "NotImplementedError: not built yet"}
+        assert "median" in cell[what]["methods"]["backward"]
+
+
+def end_of_process(say):
+    raise SystemExit(3)
+
+
+def test_a_process_that_dies_is_absent():
+    assert collect.in_fresh_process(end_of_process) == {"absent": "the process ended with 3"}
+
+
+def test_peers_count_as_better_only_beyond_noise():
+    verdicts = render.against_peers(results(loop=(100.0, 50.0), autogram=(200.0, 40.0), gradstats=(109.0, 41.0)))
+    assert [(v.holds, v.value) for v in verdicts] == [(True, 1.09), (False, 1.025)]
+    assert "T × grad, by parameter" in verdicts[0].what
+    assert "TorchJD autogram" in verdicts[1].what
+
+
+def test_targets():
+    found = results(autogram=(1000.0, 300.0), gradstats=(219.0, 121.0), task_backwards=(1.0, 1.0))
+    assert [(v.value, v.holds) for v in render.targets(found)] == [(0.219, True), (121.0, False)]
+
+
+def test_only_what_stands_between_markers_is_rewritten():
+    tables = {"a": lambda: "| new |", "b": lambda: "| other |"}
+    text = "x\n<!-- table: a -->\nold\n<!-- end -->\ny <!-- table: b --><!-- end -->\nz"
+    new = render.rendered(text, tables)
+    assert new == (
+        "x\n<!-- table: a -->\n\n| new |\n\n<!-- end -->\ny <!-- table: b -->\n\n| other |\n\n<!-- end -->\nz"
+    )
+    assert render.rendered(new, tables) == new
+    with pytest.raises(ValueError, match="got 'c'"):
+        render.rendered("<!-- table: c --><!-- end -->", tables)
+
+
+def test_the_documents_quote_the_committed_results():
+    render.main(["--check"])
+
+
+def test_tables_and_picture_show_what_was_measured(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    found = results(backward=(20.0, 30.0), loop=(1000.0, 700.0), autogram=(1100.0, 300.0), gradstats=(200.0, 100.0))
+    monkeypatch.setattr(render, "load", lambda name: found)
+    lines = render.collect_table("time", "shared").splitlines()
+    assert [cell.strip() for cell in lines[-1].strip("|").split("|")][:6] == ["MLP", "32", "20", "**10**", "50", "55"]
+    lines = render.collect_table("memory", "shared").splitlines()
+    assert [cell.strip() for cell in lines[-1].strip("|").split("|")] == ["MLP", "32", "30", "**100**", "700", "300"]
+    figure = render.collect_picture(found)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["MLP, T = 32"]
+    drawn = {p.get_label(): p.get_offsets().tolist() for p in figure.axes[0].collections}
+    assert drawn["gradstats"] == [[10.0, 0.0]]
+    assert drawn["TorchJD autogram"] == [[55.0, 0.0]]
