@@ -64,7 +64,7 @@ class Rows:
     @classmethod
     def summed(cls, right: Callable[[Tensor], Tensor], shape: torch.Size) -> Rows:
         """An operand of any shape whose gradient is the sum of ``right``, ``[*, N, o]``."""
-        return cls(None, right, lambda _, right: right.sum(-2).reshape(*right.shape[:-2], *shape))
+        return cls(None, right, lambda _, right: right.sum(-2).reshape((*right.shape[:-2], *shape)))
 
 
 #: ``(node, child, shape)`` -> the rows of operand ``child`` of ``node``, a tensor of that shape, or None.
