@@ -90,7 +90,7 @@ class GradStats:
 
     @property
     def norm_standard_error(self) -> Tensor | None:
-        """Standard error of ``norms`` to first order, ``se_ii / (2 n_i)``, float64 ``[T]``; None where they are exact."""
+        """Standard error of ``norms`` to first order, ``se_ii / 2 n_i``, float64 ``[T]``; None where they are exact."""
         if self.standard_error is None:
             return None
         return torch.where(self.norms == 0, 0.0, self.standard_error.diagonal() / (2.0 * self.norms))
