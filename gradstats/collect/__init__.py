@@ -83,7 +83,7 @@ def from_losses(
         NotImplementedError: If an option is asked for that is not built yet.
         RuntimeError: If ``method="batched"`` cannot carry this backward, or the graph has been freed.
     """
-    _refuse_unbuilt(owner=owner, max_bytes=max_bytes, num_directions=num_directions)
+    _refuse_unbuilt(owner=owner, num_directions=num_directions)
     names, tensors = args.normal_losses(losses)
     return collect(
         names,
@@ -94,6 +94,7 @@ def from_losses(
         metric=metric,
         loss_scale=loss_scale,
         store_dtype=store_dtype,
+        max_bytes=max_bytes,
         retain_graph=retain_graph,
     )
 
@@ -145,7 +146,7 @@ def backward(
     """
     if weights is None:  # which stands for no backward, one layer below
         raise TypeError("weights: expected one number per task, got None")
-    _refuse_unbuilt(owner=owner, max_bytes=max_bytes, num_directions=num_directions)
+    _refuse_unbuilt(owner=owner, num_directions=num_directions)
     names, tensors = args.normal_losses(losses)
     return collect(
         names,
@@ -157,6 +158,7 @@ def backward(
         metric=metric,
         loss_scale=loss_scale,
         store_dtype=store_dtype,
+        max_bytes=max_bytes,
         retain_graph=retain_graph,
     )
 

@@ -1,41 +1,31 @@
-"""One collection from start to end: checks, the choice of a method, and falling back where ``vmap`` refuses."""
+"""One collection from start to end: checks, the choice of a method, and the weighted backward."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import logging
 from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradstats import ops
 from gradstats.collect import arguments as args
 from gradstats.collect.arguments import GroupBy, Inputs, Metric, Weights
-from gradstats.collect.batched import collect_batched
 from gradstats.collect.engine import collect_with_engine
 from gradstats.collect.fold import Fold, Reduce, is_dtensor
 from gradstats.collect.graph import Graph
 from gradstats.collect.job import Job
 from gradstats.collect.sequential import collect_sequentially
+from gradstats.collect.walk import collect_walking
 from gradstats.stats import GradStats
 
-_log = logging.getLogger(__name__)
+_METHODS = ("auto", "batched", "blockwise", "sequential", "engine")
+_LATER_METHODS = ("sketch",)
 
-_METHODS = ("auto", "batched", "sequential", "engine")
-_LATER_METHODS = ("blockwise", "sketch")
-
-#: A Gramian, and the weighted gradient of each leaf where the same backward has given it.
-Collected: TypeAlias = tuple[Fold, dict[Tensor, Tensor] | None]
-
-#: What tells the graph of one model from that of another: the names of its nodes and the identities of its parameters.
-Kind: TypeAlias = tuple[frozenset[str], frozenset[int]]
-
-# The graphs whose backward vmap has refused: a cache, so that such a model is not tried again at every step.
-_refused: set[Kind] = set()
+#: A Gramian, the weighted gradient of each leaf where the same backward has given it, and the method used.
+Collected: TypeAlias = tuple[Fold, dict[Tensor, Tensor] | None, str]
 
 
 def collect(
@@ -49,6 +39,7 @@ def collect(
     metric: Metric | None = None,
     loss_scale: float | Tensor | None = None,
     store_dtype: torch.dtype | None = None,
+    max_bytes: int | None = None,
     retain_graph: bool = False,
     reduce: Reduce | None = None,
 ) -> GradStats:
@@ -64,6 +55,7 @@ def collect(
         metric: As for :func:`from_losses`.
         loss_scale: As for :func:`from_losses`.
         store_dtype: As for :func:`from_losses`.
+        max_bytes: As for :func:`from_losses`.
         retain_graph: As for :func:`from_losses`.
         reduce: Applied to each block ``[T, *shape]`` of gradients before it is folded into the Gramian, such as a
             mean over data-parallel ranks, so that the Gramian is that of the averaged gradients. "batched" calls it
@@ -88,11 +80,12 @@ def collect(
     groups, diagonal = args.group_names(group_by, named), args.metric_operand(metric, named)
     new_fold = functools.partial(Fold, len(present), named.tensors, groups, diagonal, device, reduce)
     # Absent tasks take no part: only the finished Gramian has rows for them.
-    job = Job(list(present.values()), named.tensors, graph, new_fold, w)
+    needs_gradients = bool(diagonal) or reduce is not None
+    job = Job(list(present.values()), named.tensors, graph, new_fold, w, named.names, needs_gradients)
 
     # In a user's autocast region the products below must not be rounded.
     with torch.autocast(device.type, enabled=False):
-        fold, method = _run(job, method, store_dtype, retain_graph)
+        fold, method = _run(job, method, store_dtype, max_bytes, retain_graph)
     has_loss = torch.tensor([task in present for task in range(len(names))], device=device)
     has_both = has_loss[:, None] & has_loss
     make_stats = functools.partial(GradStats, names=tuple(names), present=has_loss, method=method)
@@ -106,8 +99,7 @@ def signature(names: Sequence[str], losses: Sequence[Tensor | None], inputs: Inp
     """A number that two processes share only if a batched collection would do the same steps in both.
 
     It is derived from the names of the tasks, which of them are present, the shapes and dtypes of the inputs and the
-    tasks that reach each, the names of the graph's nodes in order, and whether this process knows that vmap refuses
-    them. It fits a signed 64-bit integer.
+    tasks that reach each, and the names of the graph's nodes in order. It fits a signed 64-bit integer.
     """
     present = args.present_losses(names, losses)
     graph = Graph(list(present.values()))
@@ -116,21 +108,19 @@ def signature(names: Sequence[str], losses: Sequence[Tensor | None], inputs: Inp
         list(present),
         [(tuple(t.shape), str(t.dtype), graph.tasks_reaching(t)) for t in args.normal_inputs(inputs, graph).tensors],
         [node.name() for node in graph.children],
-        _kind(graph) in _refused,
     ]
     return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:7], "big")
 
 
-def _run(job: Job, method: str, store_dtype: torch.dtype | None, retain_graph: bool) -> tuple[Fold, str]:
+def _run(
+    job: Job, method: str, store_dtype: torch.dtype | None, max_bytes: int | None, retain_graph: bool
+) -> tuple[Fold, str]:
     """Collect by ``method`` and see to the weighted backward; return also the method that was used."""
     if method == "auto" and (job.graph.hides_parameters or any(is_dtensor(tensor) for tensor in job.inputs)):
         method = "engine"
     if method != "engine":
         _check_visible(job)
-    if method == "auto":
-        (fold, grads), method = _collect_automatically(job, retain_graph)
-    else:
-        fold, grads = _collect_by(method, job, store_dtype, retain_graph)
+    fold, grads, method = _collect_by(method, job, store_dtype, max_bytes, retain_graph)
     if grads is not None:
         # Through the leaves' own accumulation, so that what hooks it (DDP, fused optimizers) fires, and once.
         torch.autograd.backward(list(grads), list(grads.values()))
@@ -155,72 +145,27 @@ def _check_visible(job: Job) -> None:
         raise ValueError(f"inputs: no loss reaches any of the {len(job.inputs)} inputs")
 
 
-def _collect_by(method: str, job: Job, store_dtype: torch.dtype | None, retain_graph: bool) -> Collected:
+def _collect_by(
+    method: str, job: Job, store_dtype: torch.dtype | None, max_bytes: int | None, retain_graph: bool
+) -> Collected:
     keep = retain_graph or job.weights is not None
     if method == "engine":
-        return collect_with_engine(job, retain_graph=keep), None
+        return collect_with_engine(job, retain_graph=keep), None, method
     if method == "sequential":
-        return collect_sequentially(job, store_dtype=store_dtype, retain_graph=keep), None
+        return collect_sequentially(job, store_dtype=store_dtype, retain_graph=keep), None, method
+    if job.weights is not None and any(leaf._backward_hooks for leaf in job.graph.leaves.values()):
+        # A user's hook on a leaf would run twice: on the rows, and where the weighted sum is accumulated.
+        job, retain_graph = job.without_weights(), True
+    batched = {"auto": None, "blockwise": False, "batched": True}[method]
     try:
-        return _collect_batched(job, retain_graph)
+        fold, grads, used = collect_walking(job, batched=batched, max_bytes=max_bytes, retain_graph=retain_graph)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise RuntimeError(f"method: 'batched' failed on this graph; 'auto' falls back if it can. {error}") from error
-
-
-def _collect_batched(job: Job, retain_graph: bool) -> Collected:
-    if job.weights is not None and any(leaf._backward_hooks for leaf in job.graph.leaves.values()):
-        # A user's hook on a leaf would run twice: on the block, and where the weighted sum is accumulated.
-        job, retain_graph = job.without_weights(), True
-    return collect_batched(job, retain_graph=retain_graph)
-
-
-def _collect_automatically(job: Job, retain_graph: bool) -> tuple[Collected, str]:
-    """Collect by the batched method, or by the sequential one where ``vmap`` refuses; return also which it was.
-
-    A failed try must leave the graph whole for the method that takes over, and what worked at the last step may fail
-    at this one, as when a hook was added. So the graph is kept in any case, and freed afterwards.
-    """
-    kind = _kind(job.graph)
-    reason = None
-    if kind not in _refused:
-        try:
-            collected = _collect_batched(job, retain_graph=True)
-        except torch.OutOfMemoryError:
+        if method != "batched":
             raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        else:
-            weighted_backward_follows = job.weights is not None and collected[1] is None
-            if not (retain_graph or weighted_backward_follows):
-                _free(job)
-            return collected, "batched"
-    # What is wrong with the graph itself, such as that it has been freed, is raised here.
-    collected = _collect_by("sequential", job, None, retain_graph)
-    if reason is not None:
-        _refused.add(kind)
-        _log.warning(
-            "vmap refuses the backward of this model, so gradients are collected task by task and stored "
-            "(method 'sequential'; said once for a model). The reason: %s",
-            reason,
-        )
-    return collected, "sequential"
-
-
-def _free(job: Job) -> None:
-    """Free what the graph has saved, as a backward does: by one without any gradient, which computes nothing."""
-    # A user's hook may not expect that there is none. What is then not freed here goes with the losses.
-    with contextlib.ExitStack() as hooks, contextlib.suppress(Exception):
-        for root in {root for root, _ in job.graph.roots}:
-            hooks.callback(root.register_prehook(lambda grads: (None,) * len(grads)).remove)
-        targets = job.inputs if job.weights is None else list(job.graph.leaves.values())
-        torch.autograd.grad(job.losses, targets, allow_unused=True)
-
-
-def _kind(graph: Graph) -> Kind:
-    parameters = [id(leaf) for leaf in graph.leaves.values() if isinstance(leaf, nn.Parameter)]
-    return frozenset(node.name() for node in graph.children), frozenset(parameters)
+        raise RuntimeError(f"method: 'batched' failed on this graph; 'auto' may not. {error}") from error
+    return fold, grads, used if method == "auto" else method
 
 
 def check_method(method: str, store_dtype: torch.dtype | None = None) -> None:

@@ -50,7 +50,7 @@ class Fold:
         """Fold in the gradients ``[T, *shape]`` of input ``k``."""
         if self._reduce is not None:
             block = self._reduce(block)
-        self._add(self._groups[k], ops.gram([block], self.num_tasks, self._metric_of([k]), stacked=True))
+        self.add_gram(k, ops.gram([block], self.num_tasks, self._metric_of([k]), stacked=True))
 
     def add_row(self, k: int, task: int, grad: Tensor) -> None:
         """Fold in the gradient of input ``k``, which ``task`` alone reaches."""
@@ -59,32 +59,45 @@ class Fold:
             block[task] = grad
             self.add_block(k, block)
         else:
-            row = torch.zeros_like(self.grams[self._groups[k]])
-            row[task, task] = ops.gram([grad], 1, self._metric_of([k])).squeeze()
-            self._add(self._groups[k], row)
+            self.add_gram(k, ops.gram([_local(grad)], 1, self._metric_of([k])), [task])
 
-    def add_rows(self, rows: Sequence[Sequence[Tensor | None]]) -> None:
-        """Fold in stored gradients: for each task one per input, None for zeros; DTensors count in all their shards."""
+    def add_gram(self, k: int, gram: Tensor, tasks: Sequence[int] | None = None) -> None:
+        """Add a Gramian of the gradients of input ``k``, ``[n, n]`` for ``n`` tasks, all if None."""
+        total = self.grams[self._groups[k]]
+        if tasks is None:
+            total += gram.to(total.device)
+        else:
+            at = torch.tensor(tasks, device=total.device)
+            total[at[:, None], at] += gram.to(total.device)
+
+    def add_rows(self, members: Sequence[int], rows: Sequence[Sequence[Tensor | None]]) -> None:
+        """Fold in stored gradients of the inputs ``members``: for each task one per member, None for zeros.
+
+        DTensors count in all their shards.
+        """
         columns = list(zip(*rows, strict=True))
         if self._reduce is not None:
             # One block for each input, in their order and with zeros for None, so that ranks reduce the same blocks
             # whatever their own losses reach.
-            for k, (like, column) in enumerate(zip(self._inputs, columns, strict=True)):
+            for k, column in zip(members, columns, strict=True):
+                like = self._inputs[k]
                 self.add_block(k, torch.stack([torch.zeros_like(like) if g is None else g for g in column]))
             return
         calls: dict[tuple[Any, ...], list[int]] = {}
-        for k, column in enumerate(columns):
+        for i, column in enumerate(columns):
             models = [grad for grad in column if grad is not None]
             if models:
-                calls.setdefault((self._groups[k], *_placement(models[0])), []).append(k)
-        for (group, _, mesh, replicas), members in calls.items():
-            gram = self._gram_of_lists([[columns[k][t] for k in members] for t in range(self.num_tasks)], members)
+                calls.setdefault((self._groups[members[i]], *_placement(models[0])), []).append(i)
+        for (_, _, mesh, replicas), at in calls.items():
+            gram = self._gram_of_lists(
+                [[columns[i][t] for i in at] for t in range(self.num_tasks)], [members[i] for i in at]
+            )
             if mesh is not None:
                 # Every rank holds shards; shards that several ranks hold must count once.
                 gram /= replicas
                 for dim in range(mesh.ndim):
                     torch.distributed.all_reduce(gram, group=mesh.get_group(dim))
-            self._add(group, gram)
+            self.add_gram(members[at[0]], gram)
 
     def _gram_of_lists(self, rows: Sequence[Sequence[Tensor | None]], members: Sequence[int]) -> Tensor:
         # The operator takes tensors alone: one with no entries stands for a gradient of zeros.
@@ -96,10 +109,6 @@ class Fold:
 
     def _metric_of(self, members: Sequence[int]) -> list[Tensor]:
         return [_local(self._metric[k]) for k in members] if self._metric else []
-
-    def _add(self, group: str, gram: Tensor) -> None:
-        total = self.grams[group]
-        total += gram.to(total.device)
 
 
 def is_dtensor(value: object) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 #: One input slot of a node: gradients of one tensor are summed there. The same as ``GradientEdge`` without its owner.
 Edge = tuple[Node, int]
@@ -20,6 +21,44 @@ def edge_of(tensor: Tensor) -> Edge:
     """Where the gradient of ``tensor`` arrives: its ``grad_fn``, or its ``AccumulateGrad`` node if it is a leaf."""
     edge = get_gradient_edge(tensor)
     return edge.node, edge.output_nr
+
+
+def pull(
+    edges: Sequence[Edge], cotangents: Sequence[Tensor], targets: Sequence[Edge], *, retain_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """The vector-Jacobian product from ``edges`` down to ``targets``, None for a target that nothing reaches.
+
+    Raises:
+        RuntimeError: As ``torch.autograd.grad``, or if a compiled model's backward cannot run for every task.
+    """
+    try:
+        return torch.autograd.grad(
+            [GradientEdge(*edge) for edge in edges],
+            [GradientEdge(*edge) for edge in targets],
+            cotangents,
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+    except RuntimeError as error:
+        if "donated buffer" not in str(error):
+            raise
+        raise RuntimeError(
+            "a compiled model's backward overwrites what it saved and so runs only once; to let it run for every task, "
+            "set torch._functorch.config.donated_buffer = False (after `import torch._functorch.config`) before the "
+            "model's first step"
+        ) from error
+
+
+def zero_gradient(edge: Edge) -> Tensor:
+    """A zero gradient for ``edge`` that takes no memory."""
+    metadata = metadata_of(edge)
+    return torch.zeros((), dtype=metadata.dtype, device=metadata.device).expand(metadata.shape)
+
+
+def metadata_of(edge: Edge) -> Any:
+    """Shape, dtype and device of the gradients of ``edge``, for which nodes have no public attribute."""
+    node: Any = edge[0]
+    return node._input_metadata[edge[1]]
 
 
 class Graph:

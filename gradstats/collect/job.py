@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from gradstats.collect.fold import Fold
-from gradstats.collect.graph import Graph
+from gradstats.collect.graph import Graph, edge_of
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class Job:
         graph: The graph below ``losses``.
         new_fold: Makes an empty accumulator, so that a method that fails midway leaves nothing behind.
         weights: Float64 ``[T]`` if ``Σ_t w_t ∂L_t`` is to be accumulated into ``.grad`` of the leaves, else None.
+        names: Names of the inputs, if they have any.
+        needs_gradients: Whether something is to be done with the gradients besides products of theirs, such as a mean
+            over ranks or a metric.
     """
 
     losses: list[Tensor]
@@ -28,6 +32,14 @@ class Job:
     graph: Graph
     new_fold: Callable[[], Fold]
     weights: Tensor | None
+    names: list[str] | None = None
+    needs_gradients: bool = False
+
+    @property
+    def targets(self) -> set[Node]:
+        """The nodes at which the gradients arrive that are asked for."""
+        wanted = {edge_of(tensor)[0] for tensor in self.inputs} & self.graph.children.keys()
+        return wanted if self.weights is None else wanted | self.graph.leaves.keys()
 
     def without_weights(self) -> Job:
         """The same collection, of the Gramian alone."""

@@ -1,0 +1,242 @@
+"""How a collection passes the segments of a graph: a pure function of sizes.
+
+Every segment is passed in one of two ways. *Task by task* runs it ``T`` times, each time with tensors small enough for
+the caches. *Batched* runs it once with the gradients of all tasks beside each other (``torch.vmap``), which spares the
+launching of operators where they are small, and makes one large matrix product of ``T`` thin ones.
+
+The gradients of a weight with respect to ``T`` tasks are *formed*, ``T`` times its size, or, for a linear layer on
+fewer rows than its fan-in, stay *factored*: their products are taken in an orthonormal basis of the layer's inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+#: Largest gradient of one task in a segment that is still passed batched: ``T`` of them leave the caches.
+_BATCHED_BYTES = 1 << 19
+#: Up to here segments are joined though that needs more memory, to save the launch of more backwards.
+_SMALL_BYTES = 1 << 20
+#: What one operation of a QR decomposition in float64 costs in those of a matrix product in float32, as measured.
+_QR_COST = 8
+
+
+@dataclass(frozen=True)
+class LeafFacts:
+    """A leaf whose gradients are taken in a segment.
+
+    Attributes:
+        name: Name for people.
+        numel: Number of its entries.
+        itemsize: Bytes of an entry.
+        products: Multiply-adds that one task's gradient takes.
+        factors: Rows, fan-in and fan-out of the linear layer that alone uses it, if one does.
+    """
+
+    name: str
+    numel: int
+    itemsize: int
+    products: int
+    factors: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class SegmentFacts:
+    """A segment.
+
+    Attributes:
+        tasks: How many tasks' gradients pass it.
+        nodes: Number of its autograd nodes.
+        batches_well: Whether ``torch.vmap`` loses nothing on any of them.
+        bytes_in: Bytes of one task's gradients where it begins.
+        bytes_out: Bytes of one task's gradients that it hands on.
+        widest: Bytes of the largest gradient of one task within.
+        leaves: The leaves whose gradients are taken here.
+    """
+
+    tasks: int
+    nodes: int
+    batches_well: bool
+    bytes_in: int
+    bytes_out: int
+    widest: int
+    leaves: tuple[LeafFacts, ...]
+
+    def joined(self, other: SegmentFacts) -> SegmentFacts:
+        """This segment and the one below it as one."""
+        return SegmentFacts(
+            max(self.tasks, other.tasks),
+            self.nodes + other.nodes,
+            self.batches_well and other.batches_well,
+            self.bytes_in,
+            other.bytes_out,
+            max(self.widest, other.widest),
+            self.leaves + other.leaves,
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """How one segment, or several joined ones, are passed.
+
+    Attributes:
+        segments: How many of the segments that there are it passes, from where the last step ended.
+        batched: All tasks at a time, or task by task.
+        factored: Which of its leaves' gradients are not formed, by their position in the facts.
+        passes: Groups of leaves whose gradients are formed together, each at the cost of a further pass.
+        facts: The facts of the segments, joined.
+    """
+
+    segments: int
+    batched: bool
+    factored: frozenset[int]
+    passes: tuple[tuple[int, ...], ...]
+    facts: SegmentFacts
+
+    @property
+    def bytes(self) -> int:
+        """Predicted bytes that are live at once, above the graph, the parameters and their ``.grad``."""
+        facts, tasks = self.facts, self.facts.tasks
+        formed = max(sum(_formed_bytes(facts.leaves[k]) for k in group) for group in self.passes)
+        factored = sum(_factored_bytes(facts.leaves[k]) for k in self.factored)
+        flowing = facts.bytes_in + facts.bytes_out
+        passing = 2 * facts.widest * (tasks if self.batched else 1)
+        return tasks * (flowing + formed + factored) + passing
+
+    @property
+    def operations(self) -> int:
+        """Predicted multiply-adds in weighted layers and in products of their gradients."""
+        facts, tasks = self.facts, self.facts.tasks
+        onward = tasks * sum(leaf.products for leaf in facts.leaves) * len(self.passes)
+        return onward + sum(
+            _factored_operations(leaf, tasks) if k in self.factored else _formed_operations(leaf, tasks)
+            for k, leaf in enumerate(facts.leaves)
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a collection, losses first."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Predicted peak above the graph, the parameters and their ``.grad``."""
+        return max(step.bytes for step in self.steps)
+
+    @property
+    def operations(self) -> int:
+        """Predicted multiply-adds in weighted layers and in products of their gradients."""
+        return sum(step.operations for step in self.steps)
+
+
+def make_plan(
+    segments: Sequence[SegmentFacts],
+    *,
+    batched: bool | None = None,
+    may_factor: bool = True,
+    max_bytes: int | None = None,
+) -> Plan:
+    """The fastest plan, as far as sizes tell, among the leanest ones or those within ``max_bytes``.
+
+    Args:
+        segments: The segments that there are, losses first.
+        batched: Pass all of them batched, or none; None chooses for each.
+        may_factor: Whether gradients may stay factored.
+        max_bytes: Bound on the predicted peak.
+
+    Raises:
+        ValueError: If no plan stays within ``max_bytes``.
+    """
+    single = [_lean_step(facts, batched, may_factor, max_bytes) for facts in segments]
+    bound = max([_SMALL_BYTES, *(step.bytes for step in single)])
+    if max_bytes is not None:
+        bound = min(bound, max_bytes)
+        least = max(step.bytes for step in single)
+        if least > max_bytes:
+            raise ValueError(f"max_bytes: the leanest plan needs about {least} bytes, got {max_bytes}")
+    steps = [single[0]]
+    for step in single[1:]:
+        joint = _joint_step(steps[-1], step)
+        # The heads stay apart: each task passes its own alone.
+        if joint is not None and len(steps) > 1 and joint.bytes <= bound:
+            steps[-1] = joint
+        else:
+            steps.append(step)
+    return Plan(tuple(steps))
+
+
+def _lean_step(facts: SegmentFacts, batched: bool | None, may_factor: bool, max_bytes: int | None) -> Step:
+    """One segment, in the faster way; what is over ``max_bytes`` in the leaner one."""
+    fast = facts.batches_well and facts.widest <= _BATCHED_BYTES and facts.tasks > 1
+    factored = frozenset(k for k, leaf in enumerate(facts.leaves) if may_factor and _should_factor(leaf, facts.tasks))
+    formed = tuple(k for k in range(len(facts.leaves)) if k not in factored)
+    step = Step(1, fast if batched is None else batched, factored, (formed,), facts)
+    if max_bytes is None or step.bytes <= max_bytes:
+        return step
+    if batched is None:
+        step = Step(1, False, factored, (formed,), facts)
+    if step.bytes <= max_bytes:
+        return step
+    return Step(1, step.batched, factored, _in_passes(facts, formed, max_bytes - step.bytes), facts)
+
+
+def _in_passes(facts: SegmentFacts, formed: Sequence[int], over: int) -> tuple[tuple[int, ...], ...]:
+    """Groups of leaves, largest first, each as large as fits, or of one leaf."""
+    room = sum(_formed_bytes(facts.leaves[k]) for k in formed) + over // facts.tasks
+    groups: list[list[int]] = []
+    left = 0
+    for k in sorted(formed, key=lambda k: -_formed_bytes(facts.leaves[k])):
+        size = _formed_bytes(facts.leaves[k])
+        if not groups or size > left:
+            groups.append([])
+            left = room
+        groups[-1].append(k)
+        left -= size
+    return tuple(tuple(group) for group in groups) or ((),)
+
+
+def _joint_step(upper: Step, lower: Step) -> Step | None:
+    """Both steps as one, where they are passed alike."""
+    if upper.batched != lower.batched or len(upper.passes) > 1 or len(lower.passes) > 1:
+        return None
+    if upper.facts.tasks != lower.facts.tasks:
+        return None
+    shift = len(upper.facts.leaves)
+    return Step(
+        upper.segments + lower.segments,
+        upper.batched,
+        upper.factored | {k + shift for k in lower.factored},
+        (upper.passes[0] + tuple(k + shift for k in lower.passes[0]),),
+        upper.facts.joined(lower.facts),
+    )
+
+
+def _should_factor(leaf: LeafFacts, tasks: int) -> bool:
+    return (
+        leaf.factors is not None
+        and leaf.factors[0] < leaf.factors[1]
+        and _factored_operations(leaf, tasks) < _formed_operations(leaf, tasks)
+        and _factored_bytes(leaf) <= _formed_bytes(leaf)
+    )
+
+
+def _formed_bytes(leaf: LeafFacts) -> int:
+    return leaf.numel * leaf.itemsize
+
+
+def _factored_bytes(leaf: LeafFacts) -> int:
+    """The cotangents, and they in the basis."""
+    rows, _, fan_out = leaf.factors or (0, 0, 0)
+    return 2 * rows * fan_out * leaf.itemsize
+
+
+def _formed_operations(leaf: LeafFacts, tasks: int) -> int:
+    return tasks * leaf.products + tasks * (tasks + 1) // 2 * leaf.numel
+
+
+def _factored_operations(leaf: LeafFacts, tasks: int) -> int:
+    rows, fan_in, fan_out = leaf.factors or (0, 0, 0)
+    basis = _QR_COST * 2 * rows * rows * fan_in
+    return basis + tasks * rows * rows * fan_out + tasks * (tasks + 1) // 2 * rows * fan_out

@@ -1,0 +1,148 @@
+"""What a collection has to pass, and how large it is: the segments of a graph with their sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from gradstats.collect.graph import Edge, Graph, edge_of, metadata_of
+from gradstats.collect.plan import LeafFacts, SegmentFacts
+from gradstats.collect.rules import Rows, Use, uses
+from gradstats.collect.segments import Segment, cut, join
+
+#: Nodes on whose batching nothing is lost: in thin matrix products and elementwise operations the gradients of several
+#: tasks are one larger tensor. Convolutions, attention and normalisations run faster task by task.
+_BATCH_WELL = {
+    f"{name}Backward0"
+    for names in (
+        ("Addmm", "Mm", "T", "Transpose", "Permute", "View", "UnsafeView", "Expand", "Squeeze", "Unsqueeze", "Alias"),
+        ("Clone", "ToCopy", "Add", "Sub", "Mul", "Div", "Neg", "Mean", "Sum"),
+        ("Relu", "LeakyRelu", "Threshold", "Tanh", "Sigmoid", "Gelu", "Silu", "Elu", "Softplus"),
+    )
+    for name in names
+}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer that alone uses a leaf.
+
+    Attributes:
+        use: Where it does.
+        rows: The way from the cotangents of its output to rows ``[N, o]``.
+        inputs: What it multiplies, ``[N, k]``.
+    """
+
+    use: Use
+    rows: Rows
+    inputs: Tensor
+
+    @property
+    def output(self) -> Edge:
+        """Where the cotangents of the layer's output arrive."""
+        return self.use.node, 0
+
+
+class Survey:
+    """The segments above ``targets``, and their sizes.
+
+    Args:
+        graph: The graph below the losses.
+        targets: The nodes whose gradients are wanted.
+        inputs: What the Gramian is taken of; the leaves among them may stay factored.
+        names: Their names, for people.
+
+    Attributes:
+        segments: Losses first.
+        facts: For each segment its sizes; the order of leaves is that of ``segment.leaves``.
+        linear: The leaves whose gradients may stay factored.
+    """
+
+    def __init__(
+        self, graph: Graph, targets: Iterable[Node], inputs: Sequence[Tensor], names: Sequence[str] | None
+    ) -> None:
+        self._graph = graph
+        self._uses = uses(graph.children)
+        nodes = [edge_of(tensor)[0] for tensor in inputs]
+        self._labels = dict(zip(nodes, names or (), strict=False))
+        self.linear: dict[Node, Linear] = {}
+        for leaf in nodes:
+            layer = _linear_layer(graph.leaves[leaf], self._uses.get(leaf, [])) if leaf in graph.leaves else None
+            if layer is not None:
+                self.linear[leaf] = layer
+        self.segments = cut(graph, targets)
+        self.facts = self._measure()
+
+    def avoid(self, ends: Collection[int], factored: Collection[Node]) -> None:
+        """Join the segments ``ends`` with the next ones, and let no gradient of ``factored`` stay so."""
+        self.linear = {leaf: layer for leaf, layer in self.linear.items() if leaf not in factored}
+        self.segments = join(self._graph, self.segments, [i not in ends for i in range(len(self.segments))])
+        self.facts = self._measure()
+
+    def _measure(self) -> list[SegmentFacts]:
+        graph = self._graph
+        entering = _entering(graph, self.segments)
+        return [
+            SegmentFacts(
+                tasks=max((graph.reached_by[node].bit_count() for node in segment.nodes), default=1),
+                nodes=len(segment.nodes),
+                batches_well=i > 0 and all(node.name() in _BATCH_WELL for node in segment.nodes),
+                bytes_in=sum(map(_bytes, entering[i])),
+                bytes_out=sum(map(_bytes, segment.outs)),
+                widest=max(map(_bytes, _edges_into(segment)), default=0),
+                leaves=tuple(map(self._leaf_facts, segment.leaves)),
+            )
+            for i, segment in enumerate(self.segments)
+        ]
+
+    def _leaf_facts(self, node: Node) -> LeafFacts:
+        leaf, found = self._graph.leaves[node], self._uses.get(node, [])
+        # A matrix or a kernel [o, ...] takes part in one product of its size for each of the rows [..., o] that its
+        # layer puts out; anything else in one for each of its entries.
+        rows = 1
+        if leaf.ndim >= 2 and found and found[0].node.name() != "EmbeddingBackward0":
+            rows = max(1, sum(_numel((use.node, 0)) for use in found) // leaf.shape[0])
+        factors = None
+        if node in self.linear:
+            num_rows, fan_in = self.linear[node].inputs.shape
+            factors = (num_rows, fan_in, leaf.numel() // fan_in)
+        return LeafFacts(self._labels.get(node, ""), leaf.numel(), leaf.element_size(), rows * leaf.numel(), factors)
+
+
+def _edges_into(segment: Segment) -> list[Edge]:
+    nodes: Sequence[Any] = segment.nodes
+    return [(node, slot) for node in nodes for slot in range(len(node._input_metadata))]
+
+
+def _entering(graph: Graph, segments: Sequence[Segment]) -> list[set[Edge]]:
+    """For each segment the edges at which gradients enter it."""
+    segment_of = {node: i for i, segment in enumerate(segments) for node in segment.nodes}
+    entering: list[set[Edge]] = [set() for _ in segments]
+    for edge in (*graph.roots, *(edge for segment in segments for edge in segment.outs)):
+        if edge[0] in segment_of:
+            entering[segment_of[edge[0]]].add(edge)
+    return entering
+
+
+def _linear_layer(leaf: Tensor, found: Sequence[Use]) -> Linear | None:
+    """The linear layer that is the only use of ``leaf``."""
+    if len(found) != 1 or leaf.ndim < 2:
+        return None
+    rows = found[0].rows(leaf)
+    if rows is None or not rows.outer or rows.left is None or rows.left.ndim != 2 or not rows.left.numel():
+        return None
+    return Linear(found[0], rows, rows.left)
+
+
+def _numel(edge: Edge) -> int:
+    return math.prod(metadata_of(edge).shape)
+
+
+def _bytes(edge: Edge) -> int:
+    itemsize: int = metadata_of(edge).dtype.itemsize
+    return _numel(edge) * itemsize

@@ -1,0 +1,439 @@
+"""The backward of all tasks, segment by segment: the gradients of only a few leaves live at a time.
+
+The gradients of the tasks at the edges between two segments wait as rows, one for each task. A segment takes the rows
+at its upper edges, by vector-Jacobian products task by task or for all tasks at once (``torch.vmap``), down to its
+lower edges and its leaves. There they are folded into the Gramian and freed.
+
+With weights the same backward yields ``Σ_t w_t ∂L_t`` of every leaf. From where no input lies below, one weighted row
+takes the place of the tasks' rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from gradstats import ops
+from gradstats.collect.fold import Fold
+from gradstats.collect.graph import Edge, edge_of, pull, zero_gradient
+from gradstats.collect.job import Job
+from gradstats.collect.plan import Plan, Step, make_plan
+from gradstats.collect.segments import Segment, join
+from gradstats.collect.survey import Survey
+
+_log = logging.getLogger(__name__)
+
+#: The gradients of one tensor: ``[T, *shape]``, or a list with None for a task that has none.
+Rows: TypeAlias = Tensor | list[Tensor | None]
+
+
+def route(job: Job, *, batched: bool | None, max_bytes: int | None = None) -> tuple[Survey, Plan]:
+    """The segments that a collection passes, and how.
+
+    Args:
+        job: The collection.
+        batched: Pass all segments batched, or none; None leaves the choice to the plan.
+        max_bytes: Bound on the predicted peak.
+
+    Raises:
+        ValueError: If no plan stays within ``max_bytes``.
+    """
+    make = functools.partial(make_plan, batched=batched, may_factor=not job.needs_gradients, max_bytes=max_bytes)
+    here = Survey(job.graph, job.targets, job.inputs, job.names)
+    plan = make(here.facts)
+    # Where a hook of the user changes the gradients of a tensor, they must not be taken: a gradient passes the hook
+    # when it is taken out at the end of a segment and again when it is put back, and not at all amid a segment.
+    hooked_ends, hooked_layers = _hooked_ends(here, plan), _hooked_layers(here, plan)
+    if hooked_ends or hooked_layers:
+        here.avoid(hooked_ends, hooked_layers)
+        plan = make(here.facts)
+    return here, plan
+
+
+def collect_walking(
+    job: Job, *, batched: bool | None, max_bytes: int | None = None, retain_graph: bool
+) -> tuple[Fold, dict[Tensor, Tensor] | None, str]:
+    """Collect segment by segment.
+
+    Args:
+        job: The collection.
+        batched: As for :func:`route`; if True, it is an error where ``vmap`` refuses.
+        max_bytes: As for :func:`route`.
+        retain_graph: Whether the graph is kept.
+
+    Returns:
+        The Gramian; with ``job.weights`` the weighted gradient of every leaf that has one (else None); the method:
+        "batched" if all segments below the heads were passed so, else "blockwise".
+    """
+    walk = _Walk(job, *route(job, batched=batched, max_bytes=max_bytes), must_batch=batched is True)
+    with warnings.catch_warnings():
+        # Operators without a batching rule run task by task: no reason to alarm the user of a model.
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        walk.run(retain_graph)
+    weighted = None if job.weights is None else walk.weighted_leaves()
+    return walk.fold, weighted, "batched" if walk.all_batched else "blockwise"
+
+
+def _hooked_ends(here: Survey, plan: Plan) -> set[int]:
+    """The segments whose end the plan uses and a hook forbids."""
+    hooked, last = set(), -1
+    for step, segments in list(_by_step(here, plan))[:-1]:
+        last += step.segments
+        if any(_is_hooked(edge) for segment in segments for edge in segment.outs):
+            hooked.add(last)
+    return hooked
+
+
+def _hooked_layers(here: Survey, plan: Plan) -> set[Node]:
+    """The leaves that the plan keeps factored and a hook on their layer's output forbids."""
+    factored = [leaf for step, segments in _by_step(here, plan) for leaf in _factored(step, segments)]
+    return {leaf for leaf in factored if _is_hooked(here.linear[leaf].output)}
+
+
+def _by_step(here: Survey, plan: Plan) -> Iterator[tuple[Step, list[Segment]]]:
+    """Each step with the segments that it joins."""
+    first = 0
+    for step in plan.steps:
+        yield step, here.segments[first : first + step.segments]
+        first += step.segments
+
+
+def _leaves(segments: Iterable[Segment]) -> list[Node]:
+    """The leaves of joined segments, in the order of their facts."""
+    return [leaf for segment in segments for leaf in segment.leaves]
+
+
+def _factored(step: Step, segments: Iterable[Segment]) -> list[Node]:
+    leaves = _leaves(segments)
+    return [leaves[k] for k in sorted(step.factored)]
+
+
+def _is_hooked(edge: Edge) -> bool:
+    probe = zero_gradient(edge)
+    try:
+        (seen,) = pull([edge], [probe], [edge], retain_graph=True)
+    except Exception:  # a hook that writes into what it is given
+        return True
+    return seen is not probe
+
+
+@dataclass
+class _Target:
+    """An edge whose gradients are asked for.
+
+    Attributes:
+        edge: The edge.
+        tasks: Bits of the tasks that may have a gradient there.
+        leaf: The leaf that it is a gradient of, if it is.
+        rows: What has been found, unless it is a leaf's.
+    """
+
+    edge: Edge
+    tasks: int
+    leaf: Node | None
+    rows: Rows
+
+
+@dataclass
+class _Stage:
+    """One step of the plan, and what waits for it.
+
+    Attributes:
+        segment: What is passed.
+        batched: All tasks at a time, or task by task.
+        passes: The leaves whose gradients are formed, in groups; every group takes a pass.
+        factored: The leaves whose gradients are not formed.
+        activations: Inputs that are made in this segment.
+        sums: Whether one weighted row stands for all tasks, as no input lies below.
+        waiting: The rows at the edges into the segment.
+    """
+
+    segment: Segment
+    batched: bool
+    passes: list[list[Node]]
+    factored: list[Node]
+    activations: list[Edge]
+    sums: bool
+    waiting: dict[Edge, Rows] = field(default_factory=dict)
+
+
+class _Walk:
+    """One collection on its way."""
+
+    def __init__(self, job: Job, here: Survey, plan: Plan, *, must_batch: bool) -> None:
+        self.fold = job.new_fold()
+        self.all_batched = True
+        self._weighted: dict[Node, Tensor] = {}
+        self._job = job
+        self._graph = job.graph
+        self._must_batch = must_batch
+        self._linear = here.linear
+        self._inputs = {edge_of(tensor): k for k, tensor in enumerate(job.inputs)}
+        self._leaf_rows: dict[Node, Rows] = {}
+        self._stages = self._make_stages(here, plan)
+        self._stage_of = {node: stage for stage in self._stages for node in stage.segment.nodes}
+
+    def _make_stages(self, here: Survey, plan: Plan) -> list[_Stage]:
+        ends = [i == step.segments - 1 for step in plan.steps for i in range(step.segments)]
+        above_inputs = self._graph.with_any_below(node for node, _ in self._inputs)
+        stages = []
+        joined = join(self._graph, here.segments, ends)
+        for segment, (step, parts) in zip(joined, _by_step(here, plan), strict=True):
+            nodes = set(segment.nodes)
+            sums = self._job.weights is not None and not nodes & above_inputs
+            leaves = _leaves(parts)
+            passes = [list(dict.fromkeys(leaves[k] for k in group)) for group in step.passes]
+            activations = [edge for edge in self._inputs if edge[0] in nodes]
+            if sums:  # a single row, of which nothing is folded in
+                stages.append(_Stage(segment, False, [list(segment.leaves)], [], activations, True))
+            else:
+                factored = _factored(step, parts)
+                stages.append(_Stage(segment, step.batched, passes, factored, activations, False))
+        return stages
+
+    def run(self, retain_graph: bool) -> None:
+        for task, (edge, loss) in enumerate(zip(self._graph.roots, self._job.losses, strict=True)):
+            rows: Rows = [None] * len(self._job.losses)
+            rows[task] = torch.ones_like(loss)
+            self._hand_on(edge, rows)
+        for stage in self._stages:
+            if stage.waiting:
+                self._pass(stage, retain_graph)
+
+    def weighted_leaves(self) -> dict[Tensor, Tensor]:
+        """The weighted gradient of each leaf."""
+        leaves = self._graph.leaves
+        return {leaves[node]: grad.to(leaves[node].dtype) for node, grad in self._weighted.items()}
+
+    def _hand_on(self, edge: Edge, rows: Rows) -> None:
+        """Let the rows wait for the segment below, added to those that wait there already."""
+        stage = self._stage_of.get(edge[0])
+        # A loss may reach nothing that is asked for, and a custom backward may return nothing.
+        if stage is None or not _present(rows):
+            return
+        if stage.sums and len(rows) > 1:
+            rows = [self._combined(rows)]
+        stage.waiting[edge] = _added(stage.waiting.get(edge), rows)
+
+    # ---- one segment -----------------------------------------------------------------------------------------------
+
+    def _pass(self, stage: _Stage, retain_graph: bool) -> None:
+        for i, leaves in enumerate(stage.passes, start=1):
+            is_last = i == len(stage.passes)
+            targets = self._targets(stage, leaves, with_rest=is_last)
+            keep = retain_graph or not is_last
+            if not (stage.batched and self._try_batched(stage, targets, keep)):
+                self._pull_by_task(stage, targets, keep)
+                self.all_batched = self.all_batched and stage is self._stages[0]
+            self._fold_leaves(stage, leaves)
+            if is_last:
+                stage.waiting.clear()
+                self._settle_rest(stage, {target.edge: target for target in targets})
+
+    def _targets(self, stage: _Stage, leaves: Iterable[Node], *, with_rest: bool) -> list[_Target]:
+        """What to ask of a pass: the gradients of ``leaves``, and with the last pass of a segment the rest."""
+        num_rows = 1 if stage.sums else len(self._job.losses)
+        reached_by = self._graph.reached_by
+        wanted: dict[Edge, tuple[int, Node | None]] = {
+            edge: (reached_by[leaf], leaf) for leaf in leaves for edge in stage.segment.leaves[leaf]
+        }
+        if with_rest:
+            outputs = [self._linear[leaf].output for leaf in stage.factored]
+            wanted.update((edge, (reached_by[edge[0]], None)) for edge in (*outputs, *stage.activations))
+            wanted.update((edge, (tasks, None)) for edge, tasks in stage.segment.outs.items())
+        return [
+            _Target(edge, 1 if stage.sums else tasks, leaf, [None] * num_rows) for edge, (tasks, leaf) in wanted.items()
+        ]
+
+    def _pull_by_task(self, stage: _Stage, targets: Sequence[_Target], keep: bool) -> None:
+        above = stage.waiting
+        tasks = sorted({task for rows in above.values() for task in _present(rows)})
+        for task in tasks:
+            entering = {edge: row for edge, rows in above.items() if (row := rows[task]) is not None}
+            wanted = [target for target in targets if target.tasks >> task & 1]
+            if not wanted:
+                continue
+            grads = pull(
+                list(entering),
+                list(entering.values()),
+                [target.edge for target in wanted],
+                retain_graph=keep or task != tasks[-1],
+            )
+            for target, grad in zip(wanted, grads, strict=True):
+                if grad is not None:
+                    self._take(target, task, grad)
+
+    def _try_batched(self, stage: _Stage, targets: Sequence[_Target], keep: bool) -> bool:
+        """Pass all tasks at once; whether that was possible."""
+        above = stage.waiting
+        tasks = [
+            task for task in range(len(self._job.losses)) if any(rows[task] is not None for rows in above.values())
+        ]
+        if any(rows[task] is None for rows in above.values() for task in tasks):
+            return False
+        found: list[_Target] = []
+
+        def pull_all(*rows: Tensor) -> tuple[Tensor, ...]:
+            grads = pull(list(above), rows, [target.edge for target in targets], retain_graph=True)
+            found.extend(target for target, grad in zip(targets, grads, strict=True) if grad is not None)
+            return tuple(grad for grad in grads if grad is not None)
+
+        try:
+            # "same": what a backward draws at random (a recomputed dropout mask, say) is one draw for all tasks.
+            blocks = torch.vmap(pull_all, randomness="same")(*(_stacked(rows, tasks) for rows in above.values()))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self._must_batch:
+                raise
+            _say_refused(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            return False
+        for target, block in zip(found, blocks, strict=True):
+            if target.leaf is None and len(tasks) == len(self._job.losses):
+                target.rows = block
+            else:
+                for task, row in zip(tasks, block, strict=True):
+                    self._take(target, task, row)
+        if not keep:
+            _free(list(above), [target.edge for target in targets])
+        return True
+
+    # ---- what a pass has found -------------------------------------------------------------------------------------
+
+    def _take(self, target: _Target, task: int, grad: Tensor) -> None:
+        leaf = target.leaf
+        if leaf is None:
+            assert isinstance(target.rows, list)
+            target.rows[task] = grad
+            return
+        if target.edge[0] is not leaf:  # below it there is only the leaf
+            (found,) = pull([target.edge], [grad], [(leaf, 0)], retain_graph=True)
+            if found is None:
+                return
+            grad = found
+        if self._job.weights is not None:
+            self._add_weighted(leaf, grad, None if len(target.rows) < len(self._job.losses) else task)
+        k = self._inputs.get((leaf, 0))
+        if k is None:
+            return
+        if self._graph.is_shared(leaf):
+            rows = self._leaf_rows.setdefault(leaf, [None] * len(self._job.losses))
+            assert isinstance(rows, list)
+            rows[task] = _sum(rows[task], grad)
+        else:
+            self.fold.add_row(k, task, grad)
+
+    def _fold_leaves(self, stage: _Stage, leaves: Iterable[Node]) -> None:
+        """Fold in the leaves that no lower segment uses."""
+        finished = {leaf: self._leaf_rows.pop(leaf) for leaf in leaves if self._is_finished(stage, leaf)}
+        if finished:
+            rows = [[rows[task] for rows in finished.values()] for task in range(len(self._job.losses))]
+            self.fold.add_rows([self._inputs[leaf, 0] for leaf in finished], rows)
+
+    def _is_finished(self, stage: _Stage, leaf: Node) -> bool:
+        return leaf in self._leaf_rows and any(node is leaf for node, _ in stage.segment.leaves[leaf])
+
+    def _settle_rest(self, stage: _Stage, found: Mapping[Edge, _Target]) -> None:
+        for leaf in stage.factored:
+            self._fold_factored(leaf, found[self._linear[leaf].output].rows)
+        for edge in stage.activations:
+            self.fold.add_rows([self._inputs[edge]], [[row] for row in found[edge].rows])
+        for edge in stage.segment.outs:
+            self._hand_on(edge, found[edge].rows)
+
+    # ---- linear layers whose weight gradients are not formed -------------------------------------------------------
+
+    def _fold_factored(self, leaf: Node, rows: Rows) -> None:
+        """Fold in the gradients ``DᵀA`` from the cotangents ``D`` of a layer's output.
+
+        With ``Aᵀ = QR`` they are ``(R D)ᵀ Qᵀ``, and the rows of ``Qᵀ`` are orthonormal: ``R D`` has the same products.
+        """
+        layer = self._linear[leaf]
+        tasks = _present(rows)
+        if not tasks:
+            return
+        right = layer.rows.right(_stacked(rows, tasks))
+        wide = torch.promote_types(right.dtype, torch.float32)
+        triangle = torch.linalg.qr(layer.inputs.double().mT, mode="r").R.to(wide)
+        gram = ops.gram([triangle @ right.to(wide)], len(tasks), [], stacked=True)
+        self.fold.add_gram(self._inputs[leaf, 0], gram, tasks)
+        if self._job.weights is not None:
+            summed = torch.tensordot(self._job.weights[tasks].to(wide), right.to(wide), 1)
+            operand = layer.rows.contract(layer.inputs, summed.to(right.dtype))
+            self._add_weighted(leaf, layer.use.restore(operand))
+
+    # ---- the weighted sum ------------------------------------------------------------------------------------------
+
+    def _add_weighted(self, leaf: Node, grad: Tensor, task: int | None = None) -> None:
+        """Add ``w_t`` times a task's gradient, or a weighted one as it is, at least in float32."""
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        total = self._weighted.get(leaf)
+        if task is None or self._job.weights is None:
+            self._weighted[leaf] = wide if total is None else total + wide
+            return
+        weight = self._job.weights[task].to(wide)
+        if total is None or wide.layout != torch.strided or total.layout != torch.strided:
+            self._weighted[leaf] = weight * wide if total is None else total + weight * wide
+        else:
+            total.addcmul_(wide, weight)
+
+    def _combined(self, rows: Rows) -> Tensor:
+        """``Σ_t w_t row_t``, accumulated in float32 at least."""
+        assert self._job.weights is not None
+        tasks = _present(rows)
+        block = _stacked(rows, tasks)
+        wide = block.to(torch.promote_types(block.dtype, torch.float32))
+        total: Tensor = torch.tensordot(self._job.weights[tasks].to(wide), wide, 1)
+        return total.to(block.dtype)
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def _present(rows: Rows) -> list[int]:
+    """The tasks that have a row."""
+    return [task for task, row in enumerate(rows) if row is not None]
+
+
+def _stacked(rows: Rows, tasks: Sequence[int]) -> Tensor:
+    """The rows of ``tasks``, all of which have one, as ``[n, *shape]``."""
+    if isinstance(rows, Tensor):
+        return rows if len(tasks) == len(rows) else rows[tasks]
+    return torch.stack([row for task in tasks if (row := rows[task]) is not None])
+
+
+def _added(present: Rows | None, rows: Rows) -> Rows:
+    if present is None:
+        return rows
+    if isinstance(present, Tensor) and isinstance(rows, Tensor):
+        return present + rows
+    return [_sum(a, b) for a, b in zip(present, rows, strict=True)]
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _free(edges: Sequence[Edge], targets: Sequence[Edge]) -> None:
+    """Free what the graph has saved from ``edges`` down to ``targets``, by a backward that computes nothing."""
+    cotangents = [zero_gradient(edge) for edge in edges]
+    # A user's hook may not expect that there is no gradient. What is then not freed here goes with the losses.
+    with contextlib.ExitStack() as hooks, contextlib.suppress(Exception):
+        for node in {node for node, _ in edges}:
+            hooks.callback(node.register_prehook(lambda grads: (None,) * len(grads)).remove)
+        pull(edges, cotangents, targets, retain_graph=False)
+
+
+@functools.cache
+def _say_refused(reason: str) -> None:
+    """Said once for each reason."""
+    _log.warning("torch.vmap refuses a part of the backward, which is passed task by task instead; reason: %s", reason)
