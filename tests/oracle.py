@@ -57,6 +57,7 @@ def assert_gram(got: Tensor, want: Tensor, rel: float = 1e-6) -> None:
     norms = want.diagonal().sqrt()
     error = (got - want).abs() / (norms[:, None] * norms[None, :]).clamp_min(1e-300)
     assert got.dtype == torch.float64
+    assert not got.requires_grad, "the Gramian holds on to a graph"
     assert torch.equal(got, got.T)
     assert float(error.max()) <= rel, f"relative error {float(error.max()):.2e}, allowed {rel:.0e}\n{got}\n{want}"
 

@@ -608,6 +608,27 @@ def test_frozen_layers_between_trained_ones(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("table", [nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)])
+def test_a_layer_used_far_apart(table: nn.Module, method: str) -> None:
+    """As the embeddings of encoder and decoder: by then the first use is segments away from the second."""
+    model = Heads(nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), 8, torch.randn(3, 8))
+    model.table = copy.deepcopy(table)
+    first, second = torch.randint(0, 20, (2, 3, 1)) if isinstance(table, nn.Embedding) else torch.randn(2, 3, 1, 8)
+    a, b, c, d = model.trunk
+    low = b(torch.tanh(a(model.table(first))))
+    read = model.table(second)
+    normed = read * read.square().mean(-1, keepdim=True).rsqrt()  # a way to the table beside the residual one
+    for high in (
+        c(torch.tanh(low)) + d(read),
+        c(torch.tanh(low)) @ d(read).mT @ low,
+        c(low) + read + d(normed),
+        c(torch.tanh(low)) * (d(normed) + read),
+    ):
+        check(model, model.over(torch.tanh(high)), method)
+        check(model, model.over(torch.tanh(high)), method, list(model.table.parameters()))
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_graph_of_thousands_of_nodes(method: str) -> None:
     model = nn.ParameterDict({"a": torch.tensor(0.999), "b": torch.randn(3)})
     h = torch.ones(3)
