@@ -51,6 +51,11 @@ class AutoScale(Weighting):
       of steps, so with badly scaled tasks a jump ruins the training that the weights should help. ``"sum"`` is
       ``sum(w) = T``.
 
+    Gramians that are estimates (``stats.standard_error`` is not None, as with ``method="sketch"``) are averaged over
+    the window before anything is derived from them, so that ``"magnitude"`` takes ``w_i ∝ 1 / sqrt(mean_t G_ii(t))``:
+    the mean of a logarithm over noisy Gramians is biased, that of ``log κ`` badly. ``"condition"`` then needs more
+    directions in a window than tasks, or else the mean is singular.
+
     Each weight stays within a factor 1e6 of the geometric mean of all. A task whose gradient (or loss) was zero or
     absent in every sample of a window keeps the weight that it had.
 
@@ -75,6 +80,7 @@ class AutoScale(Weighting):
         "_window_weights",
         "_window_gram",
         "_num_samples",
+        "_num_estimates",
         "_grams",
         "_losses",
     )
@@ -116,6 +122,7 @@ class AutoScale(Weighting):
         self._window_weights = zeros(self.windows, num_tasks)
         self._window_gram = zeros(num_tasks, num_tasks)
         self._num_samples = 0
+        self._num_estimates = 0  # samples whose Gramian is one
         self._grams = zeros(samples_per_window, num_tasks, num_tasks)
         self._losses = zeros(samples_per_window, num_tasks)
 
@@ -163,6 +170,7 @@ class AutoScale(Weighting):
             self._losses[self._num_samples] = losses.detach()
             if stats is not None:
                 self._grams[self._num_samples] = stats.gram.detach()
+                self._num_estimates += stats.standard_error is not None
             self._num_samples += 1
         start, length = self._window()
         self.step += 1
@@ -173,12 +181,13 @@ class AutoScale(Weighting):
     def _close_window(self) -> None:
         if self._num_samples:
             grams, losses = self._grams[: self._num_samples], self._losses[: self._num_samples]
-            self._window_weights[self._num_found] = self._solve(grams, losses)
+            decisive = mean_of_known(grams)[None] if self._num_estimates else grams
+            self._window_weights[self._num_found] = self._solve(decisive, losses)
             self._window_gram = grams.mean(0)
             self._num_found += 1
         else:
             logger.warning("AutoScale: no step of the window ending at step %d could be recorded", self.step)
-        self._num_samples = 0
+        self._num_samples = self._num_estimates = 0
         if self._num_found:
             last = self.window_weights[-1]
             self.weights = self._scaled(last if self.exploring else predict(self.window_weights, self.predictor))
@@ -196,6 +205,17 @@ class AutoScale(Weighting):
             return weights
         before, after = (w @ self._window_gram @ w for w in (self.weights.cpu(), weights))
         return weights * (before / after).sqrt() if before > 0 and after > 0 else weights
+
+
+def mean_of_known(grams: Tensor) -> Tensor:
+    """Mean Gramian ``[T, T]`` of samples ``[S, T, T]``; each pair's over those in which both gradients are known.
+
+    A gradient is known if its norm is positive and finite: an absent task has a row of zeros.
+    """
+    squares = grams.diagonal(dim1=1, dim2=2)
+    known = squares.isfinite() & (squares > 0)
+    pairs = known[:, :, None] & known[:, None, :]
+    return torch.where(pairs, grams, 0.0).sum(0) / pairs.sum(0).clamp_min(1)
 
 
 def balancing_log_weights(sizes: Tensor, previous: Tensor) -> Tensor:
