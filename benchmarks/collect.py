@@ -59,7 +59,7 @@ from torch import Tensor
 from gradstats.report import write_file
 
 CHECKED_TASKS = 32  # the error is that of so many
-LEAST_ROUNDS, MOST_ROUNDS = 3, 25
+LEAST_ROUNDS, MOST_ROUNDS = 3, 15
 PEERS = ("torchjd", "opacus", "backpack-for-pytorch")
 #: Batch sizes with per-sample losses; those beyond CHECKED_TASKS are for ours and the mark alone, on the MLP.
 BATCHES = (8, 32, 512, 4096)
@@ -306,6 +306,11 @@ def new_record(cell: Cell) -> dict[str, Any]:
     return dataclasses.asdict(cell) | {"parameters": parameters, "samples": len(case.samples)}
 
 
+def in_order(record: dict[str, Any]) -> tuple[int, int, int]:
+    """Where a cell stands in tables."""
+    return SHARINGS.index(record["sharing"]), list(MODELS).index(record["model"]), record["num_tasks"]
+
+
 def cells(options: argparse.Namespace) -> list[Cell]:
     """Those that the options ask for."""
     chosen = []
@@ -369,6 +374,7 @@ def main(arguments: list[str] | None = None) -> None:
             if record is None:
                 record = new_record(cell)
                 results["cells"].append(record)
+                results["cells"].sort(key=in_order)
             news = False
             for what in options.what:
                 name = title(record)

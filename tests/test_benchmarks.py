@@ -138,6 +138,12 @@ def test_peers_count_as_better_only_beyond_noise():
     assert "TorchJD autogram" in verdicts[1].what
 
 
+def test_a_wrong_gramian_does_not_count_as_fast():
+    found = results(loop=(100.0, 50.0), gradstats=(10.0, 5.0))
+    found["cells"][0]["time"]["methods"]["gradstats"]["error"] = 1e-3
+    assert [v.holds for v in render.against_peers(found)] == [False, True, True]
+
+
 def test_targets():
     found = results(autogram=(1000.0, 300.0), gradstats=(219.0, 121.0), task_backwards=(1.0, 1.0))
     assert [(v.value, v.holds) for v in render.targets(found)] == [(0.219, True), (121.0, False)]
