@@ -202,7 +202,7 @@ def cell_table(record: dict[str, Any]) -> Table:
         if name not in times and name not in sizes:
             continue
         taken, size = times.get(name, {}), sizes.get(name, {})
-        absent = taken.get("absent") or size.get("absent")
+        absent = taken.get("absent")
         milliseconds = taken.get("median")
         style = "bold" if name == OURS else "dim" if METHODS[name].kind == "mark" else None
         shown.add_row(
@@ -210,7 +210,7 @@ def cell_table(record: dict[str, Any]) -> Table:
             f"[red]{escape(absent)}" if absent else number(milliseconds, 3),
             " – ".join(number(q, 3) for q in taken.get("quartiles", [])),
             number(milliseconds / plain, 3) if milliseconds and plain else "",
-            number(size.get("median"), 3),
+            escape(size["absent"]) if "absent" in size and not absent else number(size.get("median"), 3),
             "" if taken.get("error") is None else f"{taken['error']:.0e}",
             style=style,
         )
