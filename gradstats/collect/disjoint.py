@@ -28,8 +28,17 @@ from gradstats.collect.job import Job
 from gradstats.collect.owners import Cotangents, Layout
 from gradstats.collect.rules import Rows, Use, uses
 
-#: Entries of the blocks ``[T, ...]`` and ``[rows, rows]`` that are formed at a time: small enough for a cache.
-_CHUNK = 2**18
+#: Entries of the block ``[T, columns, k]`` that is formed at a time: small enough for a cache, large enough for speed.
+_BLOCK = 2**21
+
+#: From so many tasks on, products of rows are faster than the operator for few long gradients.
+_MANY = 256
+
+#: Rows whose products with as many others are formed at a time.
+_ROWS = 512
+
+#: Terms that are summed up in float32 before they go into a sum in float64.
+_CHAIN = 512
 
 #: What writing and reading an entry of a block costs, in multiplications.
 _TRAFFIC = 16
@@ -278,14 +287,30 @@ class _Disjoint:
             return False
         if self._num_consumers[k] > 1:
             self._add_block(k, _gradients(rows, right, grouping, use))
-        elif self._job.needs_gradients or not rows.outer:
+        elif self._job.needs_gradients:
             self._fold.add_block(k, _gradients(rows, right, grouping, use))
-        elif _is_cheaper_factored(rows, right, grouping, leaf):
-            self._fold.add_gram(k, _products(rows, right, grouping))
+        elif rows.left is None:
+            self._fold_sums(k, grouping.sums(right))
         else:
-            for block in _partial_gradients(rows, right, grouping):
-                self._fold.add_block(k, block)
+            factors = _cheaper_factors(rows, right, self._num_tasks, leaf.numel())
+            if factors is not None:
+                finer = self._grouping(layout, grad.shape, len(factors[1]))
+                assert finer is not None
+                self._fold.add_gram(k, _products(*factors, finer))
+            elif rows.outer:
+                for block in _partial_gradients(rows.left, right, grouping):
+                    self._fold.add_block(k, block)
+            else:
+                self._fold.add_block(k, _gradients(rows, right, grouping, use))
         return True
+
+    def _fold_sums(self, k: int, block: Tensor) -> None:
+        """Fold in gradients that are small enough to be formed in any case, such as a bias's."""
+        if self._num_tasks <= _MANY:
+            self._fold.add_block(k, block)
+        else:
+            each = torch.arange(self._num_tasks, device=block.device)
+            self._fold.add_gram(k, _products(None, block, _Grouping(each, self._num_tasks)))
 
     def _by_masks(self, node: Node, consumers: Sequence[_Consumer], cotangents: Cotangents) -> None:
         """Run ``node``, and what lies between it and the inputs, once for each task."""
@@ -364,17 +389,16 @@ def _gradients(rows: Rows, right: Tensor, grouping: _Grouping, use: Use) -> Tens
     return found
 
 
-def _partial_gradients(rows: Rows, right: Tensor, grouping: _Grouping) -> Iterator[Tensor]:
+def _partial_gradients(left: Tensor, right: Tensor, grouping: _Grouping) -> Iterator[Tensor]:
     """Blocks ``[T, columns, k]`` of sums of outer products, which hold each entry of the gradients once."""
-    assert rows.left is not None
-    tasks, (_, fan_in), fan_out = grouping.num_tasks, rows.left.shape, right.shape[1]
-    left, right = grouping.sort(rows.left), grouping.sort(right)
-    step = max(1, _CHUNK // (tasks * fan_in))
+    tasks, fan_in, fan_out = grouping.num_tasks, left.shape[1], right.shape[1]
+    left, right = grouping.sort(left), grouping.sort(right)
+    step = max(1, _BLOCK // (tasks * fan_in))
     for start in range(0, fan_out, step):
         columns = right[:, start : start + step]
         if grouping.even is not None:
             split = (tasks, grouping.even, -1)
-            yield columns.reshape(split).mT @ left.view(split)
+            yield columns.reshape(split).mT @ left.reshape(split)
         else:
             block = left.new_zeros(tasks, columns.shape[1], fan_in)
             for task, part in grouping.slices():
@@ -382,32 +406,45 @@ def _partial_gradients(rows: Rows, right: Tensor, grouping: _Grouping) -> Iterat
             yield block
 
 
-def _is_cheaper_factored(rows: Rows, right: Tensor, grouping: _Grouping, leaf: Tensor) -> bool:
+def _cheaper_factors(rows: Rows, right: Tensor, tasks: int, numel: int) -> tuple[Tensor, Tensor] | None:
+    """Left and right factors of the outer products, if their products cost less than gradients of ``numel`` entries."""
     assert rows.left is not None
-    if not rows.left.is_floating_point():  # of an embedding: the gradients would be as large as the vocabulary
-        return True
-    return should_factor(len(right), grouping.num_tasks, rows.left.shape[1], right.shape[1], leaf.numel())
+    if not (rows.outer or rows.unfold):
+        return None
+    if not rows.left.is_floating_point():  # of an embedding, whose gradients would be as large as the vocabulary
+        return rows.left, right
+    width = right.shape[1]
+    if not should_factor(right.numel() // width, tasks, numel // width, width, numel):
+        return None
+    return rows.unfold(right) if rows.unfold else (rows.left, right)
 
 
-def _products(rows: Rows, right: Tensor, grouping: _Grouping) -> Tensor:
-    """The Gramian ``[T, T]`` of sums of outer products, from the products of all pairs of rows."""
-    assert rows.left is not None
-    left, right = grouping.sort(rows.left), grouping.sort(right)
+def _products(left: Tensor | None, right: Tensor, grouping: _Grouping) -> Tensor:
+    """The Gramian ``[T, T]`` of sums of outer products (of ``right`` if ``left`` is None), by products of rows."""
+    left, right = None if left is None else grouping.sort(left), grouping.sort(right)
     gram = torch.zeros(grouping.num_tasks, grouping.num_tasks, dtype=torch.float64, device=right.device)
-    parts = grouping.parts(math.isqrt(_CHUNK))
+    parts = grouping.parts(_ROWS)
     for i, part in enumerate(parts):
         for other in parts[i:]:
             # In float64, as a product of four numbers may leave the range of the other types.
-            products = _inner(left[part.rows], left[other.rows]).mul_(_inner(right[part.rows], right[other.rows]))
+            products = _inner(right[part.rows], right[other.rows])
+            if left is not None:
+                products *= _inner(left[part.rows], left[other.rows])
             sums = grouping.sum_part(grouping.sum_part(products, part).mT, other).mT
-            gram[part.tasks, other.tasks] += sums
-            if other is not part:
-                gram[other.tasks, part.tasks] += sums.mT
+            if other is part:
+                sums = (sums + sums.mT) / 2  # whose entries are rounded independently
+            gram[part.tasks, other.tasks] = sums
+            gram[other.tasks, part.tasks] = sums.mT
     return gram
 
 
 def _inner(first: Tensor, second: Tensor) -> Tensor:
+    """The products ``[n, m]`` of all pairs of rows, in float64."""
     if not first.is_floating_point():  # rows of an identity matrix
         return (first[:, None] == second).double()
     wide = torch.promote_types(first.dtype, torch.float32)
-    return (first.to(wide) @ second.to(wide).mT).double()
+    chains = zip(torch.split(first.to(wide), _CHAIN, 1), torch.split(second.to(wide), _CHAIN, 1), strict=True)
+    total = torch.zeros(len(first), len(second), dtype=torch.float64, device=first.device)
+    for a, b in chains:
+        total += a @ b.mT
+    return total

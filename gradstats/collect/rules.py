@@ -44,12 +44,16 @@ class Rows:
             ``[*, *operand]``.
         outer: Whether the gradient is the plain sum of the outer products of ``left [N, k]`` and ``right [*, N, o]``,
             so that the inner product of two gradients is ``Σ_nm (left leftᵀ)_nm (right rightᵀ)_nm``.
+        unfold: Where that holds for more rows, ``m`` for each of the ``N`` (a convolution's positions): makes of
+            ``right [N, o, ...]``, with ``m`` entries after the second dimension, ``left [N m, k]`` and
+            ``right [N m, o]``. None where it does not hold.
     """
 
     left: Tensor | None
     right: Callable[[Tensor], Tensor]
     contract: Callable[[Tensor | None, Tensor], Tensor]
     outer: bool = False
+    unfold: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     @classmethod
     def outer_products(cls, left: Tensor, *, transposed: bool = False) -> Rows:
@@ -306,16 +310,24 @@ def _by_channel(x: Tensor, normalised: Callable[[], Tensor], child: int, shape: 
 @rule("ConvolutionBackward0")
 def _convolution(node: AnyNode, child: int, shape: torch.Size) -> Rows | None:
     x, weight = node._saved_input, node._saved_weight
-    sizes = (node._saved_stride, node._saved_padding, node._saved_dilation)
-    kind = (node._saved_transposed, node._saved_output_padding, node._saved_groups)
     if child == 2:
         return Rows.summed(lambda grad: grad.reshape(*grad.shape[: grad.ndim - x.ndim + 2], -1).sum(-1), shape)
+    if child != 1:
+        return None
+    geometry = (node._saved_stride, node._saved_padding, node._saved_dilation)
+    kind = (node._saved_transposed, node._saved_output_padding, node._saved_groups)
 
     def contract(left: Tensor | None, right: Tensor) -> Tensor:
         if right.ndim > x.ndim:
             return torch.stack([contract(left, one) for one in right])
         mask = [False, True, False]
-        grad: Tensor = torch.ops.aten.convolution_backward(right, left, weight, None, *sizes, *kind, mask)[1]
+        grad: Tensor = torch.ops.aten.convolution_backward(right, left, weight, None, *geometry, *kind, mask)[1]
         return grad
 
-    return Rows(x, lambda grad: grad, contract) if child == 1 else None
+    def unfold(right: Tensor) -> tuple[Tensor, Tensor]:
+        stride, padding, dilation = geometry
+        patches = torch.nn.functional.unfold(x, shape[2:], dilation=dilation, padding=padding, stride=stride)
+        return patches.mT.flatten(0, 1), right.flatten(2).mT.flatten(0, 1)
+
+    has_patches = x.ndim == 4 and not node._saved_transposed and node._saved_groups == 1
+    return Rows(x, lambda grad: grad, contract, unfold=unfold if has_patches else None)
