@@ -46,6 +46,7 @@ class Scalarizer(nn.Module):
         accumulate: Micro-steps (calls) in an optimizer step. Every optimizer step must have that many: a loop that
             steps early at the end of an epoch should drop the incomplete group.
         method: How Gramians are collected, as for :func:`gradstats.from_losses`.
+        num_directions: With ``method="sketch"``, how many directions are drawn in a collection.
         grad_scaler: The ``GradScaler`` of a float16 loop, so that recorded gradients are scaled like the user's own.
         **options: Options of the weighting, where it is given by name. For ``"fixed"``, ``weights`` may be a mapping
             from task name to number.
@@ -70,6 +71,7 @@ class Scalarizer(nn.Module):
         record_every: int | None = None,
         accumulate: int = 1,
         method: str = "auto",
+        num_directions: int | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         **options: Any,
     ) -> None:
@@ -77,12 +79,13 @@ class Scalarizer(nn.Module):
         if not isinstance(tasks, Sequence) or not tasks:
             raise TypeError(f"tasks: expected a sequence of strings, at least one, got {tasks!r}")
         self.tasks = check_names(tasks, len(tasks), "tasks")
-        check_method(method)
+        check_method(method, num_directions=num_directions)
         for name, value in (("record_every", record_every), ("accumulate", accumulate)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         self.weighting = _weighting(weighting, self.tasks, options)
         self.record_every, self.accumulate, self.method = record_every, accumulate, method
+        self.num_directions = num_directions
         self.stats: GradStats | None = None
         self._inputs = (inputs,)  # in a tuple, so that a module given as inputs does not become a submodule
         self.grad_scaler = grad_scaler
@@ -197,6 +200,7 @@ class Scalarizer(nn.Module):
             scaled,
             self._inputs[0],
             method=self.method,
+            num_directions=self.num_directions,
             weights=weights,
             loss_scale=scale,
             retain_graph=weights is None,

@@ -197,7 +197,7 @@ class GradStats:
             present=self.present | other.present,
             groups=groups,
             method=_joined([self.method, other.method]),
-            standard_error=_root_sum_of_squares([self.standard_error, other.standard_error]),
+            standard_error=root_sum_of_squares([self.standard_error, other.standard_error]),
         )
 
     @staticmethod
@@ -222,7 +222,7 @@ class GradStats:
         grams = torch.stack([s.gram for s in steps])
         total, count = torch.where(pairs, grams, 0.0).sum(0), pairs.sum(0).clamp_min(1)
         # Independent errors average out: that of a mean of n is the root of their sum of squares over n.
-        error = _root_sum_of_squares(
+        error = root_sum_of_squares(
             [
                 None if s.standard_error is None else torch.where(pair, s.standard_error, 0.0)
                 for s, pair in zip(steps, pairs, strict=True)
@@ -349,7 +349,7 @@ def _joined(methods: Sequence[str]) -> str:
     return "+".join(dict.fromkeys(methods))
 
 
-def _root_sum_of_squares(errors: Sequence[Tensor | None]) -> Tensor | None:
+def root_sum_of_squares(errors: Sequence[Tensor | None]) -> Tensor | None:
     """Standard error of a sum from those of its independent terms; None stands for an exact one."""
     given = [error for error in errors if error is not None]
     return functools.reduce(torch.hypot, given) if given else None  # hypot: no square leaves the range of float64

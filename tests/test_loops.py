@@ -551,7 +551,7 @@ def test_state_dict_in_the_middle_continues_exactly(weighting: str, stop: int) -
         ({"tasks": []}, TypeError, "^tasks: expected a sequence"),
         ({"tasks": ["a", "a"]}, ValueError, "tasks: expected different names"),
         ({"tasks": ["a"], "method": "fastest"}, ValueError, "method: expected one of"),
-        ({"tasks": ["a"], "method": "sketch"}, NotImplementedError, "method: 'sketch' is not built yet"),
+        ({"tasks": ["a"], "num_directions": 8}, ValueError, "num_directions: needs method='sketch'"),
         ({"tasks": ["a"], "accumulate": 0}, ValueError, "accumulate: expected a positive integer"),
         ({"tasks": ["a"], "record_every": 0.5}, ValueError, "record_every: expected a positive integer"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -18,11 +18,11 @@ from gradstats.collect.fold import Fold, Reduce, is_dtensor
 from gradstats.collect.graph import Graph
 from gradstats.collect.job import Job
 from gradstats.collect.sequential import collect_sequentially
+from gradstats.collect.sketch import collect_sketch
 from gradstats.collect.walk import collect_walking
-from gradstats.stats import GradStats
+from gradstats.stats import GradStats, root_sum_of_squares
 
-_METHODS = ("auto", "batched", "blockwise", "sequential", "engine")
-_LATER_METHODS = ("sketch",)
+_METHODS = ("auto", "batched", "blockwise", "sequential", "engine", "sketch")
 
 #: A Gramian, the weighted gradient of each leaf where the same backward has given it, and the method used.
 Collected: TypeAlias = tuple[Fold, dict[Tensor, Tensor] | None, str]
@@ -40,6 +40,8 @@ def collect(
     loss_scale: float | Tensor | None = None,
     store_dtype: torch.dtype | None = None,
     max_bytes: int | None = None,
+    num_directions: int | None = None,
+    seed: int | None = None,
     retain_graph: bool = False,
     reduce: Reduce | None = None,
 ) -> GradStats:
@@ -56,6 +58,8 @@ def collect(
         loss_scale: As for :func:`from_losses`.
         store_dtype: As for :func:`from_losses`.
         max_bytes: As for :func:`from_losses`.
+        num_directions: As for :func:`from_losses`.
+        seed: As for :func:`from_losses`.
         retain_graph: As for :func:`from_losses`.
         reduce: Applied to each block ``[T, *shape]`` of gradients before it is folded into the Gramian, such as a
             mean over data-parallel ranks, so that the Gramian is that of the averaged gradients. "batched" calls it
@@ -65,7 +69,7 @@ def collect(
     Returns:
         The statistics of all ``T`` tasks.
     """
-    check_method(method, store_dtype)
+    check_method(method, store_dtype, num_directions, seed)
     scale = args.normal_loss_scale(loss_scale)
     present = args.present_losses(names, losses)
     device = next(iter(present.values())).device
@@ -85,14 +89,23 @@ def collect(
 
     # In a user's autocast region the products below must not be rounded.
     with torch.autocast(device.type, enabled=False):
-        fold, method = _run(job, method, store_dtype, max_bytes, retain_graph)
+        sketch = functools.partial(collect_sketch, num_directions=num_directions, seed=seed)
+        fold, method = _run(job, method, store_dtype, max_bytes, sketch, retain_graph)
     has_loss = torch.tensor([task in present for task in range(len(names))], device=device)
     has_both = has_loss[:, None] & has_loss
     make_stats = functools.partial(GradStats, names=tuple(names), present=has_loss, method=method)
     zeros = torch.zeros(len(names), len(names), dtype=torch.float64, device=device)
-    grams = {group: zeros.masked_scatter(has_both, gram / scale**2) for group, gram in fold.grams.items()}
-    by_group = {} if group_by is None else {group: make_stats(gram) for group, gram in grams.items()}
-    return make_stats(torch.stack(list(grams.values())).sum(0), groups=by_group)
+    by_name = [
+        {group: zeros.masked_scatter(has_both, entries / scale**2) for group, entries in found.items()}
+        for found in (fold.grams, fold.standard_errors)
+    ]
+    grams, errors = by_name
+    by_group = {group: make_stats(gram, standard_error=errors.get(group)) for group, gram in grams.items()}
+    return make_stats(
+        torch.stack(list(grams.values())).sum(0),
+        standard_error=root_sum_of_squares(list(errors.values())),
+        groups={} if group_by is None else by_group,
+    )
 
 
 def signature(names: Sequence[str], losses: Sequence[Tensor | None], inputs: Inputs = None) -> int:
@@ -113,14 +126,19 @@ def signature(names: Sequence[str], losses: Sequence[Tensor | None], inputs: Inp
 
 
 def _run(
-    job: Job, method: str, store_dtype: torch.dtype | None, max_bytes: int | None, retain_graph: bool
+    job: Job,
+    method: str,
+    store_dtype: torch.dtype | None,
+    max_bytes: int | None,
+    sketch: Callable[..., Fold],
+    retain_graph: bool,
 ) -> tuple[Fold, str]:
     """Collect by ``method`` and see to the weighted backward; return also the method that was used."""
     if method == "auto" and (job.graph.hides_parameters or any(is_dtensor(tensor) for tensor in job.inputs)):
         method = "engine"
     if method != "engine":
         _check_visible(job)
-    fold, grads, method = _collect_by(method, job, store_dtype, max_bytes, retain_graph)
+    fold, grads, method = _collect_by(method, job, store_dtype, max_bytes, sketch, retain_graph)
     if grads is not None:
         # Through the leaves' own accumulation, so that what hooks it (DDP, fused optimizers) fires, and once.
         torch.autograd.backward(list(grads), list(grads.values()))
@@ -146,11 +164,18 @@ def _check_visible(job: Job) -> None:
 
 
 def _collect_by(
-    method: str, job: Job, store_dtype: torch.dtype | None, max_bytes: int | None, retain_graph: bool
+    method: str,
+    job: Job,
+    store_dtype: torch.dtype | None,
+    max_bytes: int | None,
+    sketch: Callable[..., Fold],
+    retain_graph: bool,
 ) -> Collected:
     keep = retain_graph or job.weights is not None
     if method == "engine":
         return collect_with_engine(job, retain_graph=keep), None, method
+    if method == "sketch":
+        return sketch(job, retain_graph=keep), None, method
     if method == "sequential":
         return collect_sequentially(job, store_dtype=store_dtype, retain_graph=keep), None, method
     if job.weights is not None and any(leaf._backward_hooks for leaf in job.graph.leaves.values()):
@@ -168,10 +193,18 @@ def _collect_by(
     return fold, grads, used if method == "auto" else method
 
 
-def check_method(method: str, store_dtype: torch.dtype | None = None) -> None:
-    """Refuse a method that is unknown or not built, or one that does not go with ``store_dtype``."""
-    if method in _LATER_METHODS:
-        raise NotImplementedError(f"method: {method!r} is not built yet; there is {', '.join(map(repr, _METHODS))}")
+def check_method(
+    method: str,
+    store_dtype: torch.dtype | None = None,
+    num_directions: int | None = None,
+    seed: int | None = None,
+) -> None:
+    """Refuse a method that is unknown, or one that does not go with the other options."""
+    for name, value, least in (("num_directions", num_directions, 1), ("seed", seed, 0)):
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        if value is not None and method != "sketch":
+            raise ValueError(f"{name}: needs method='sketch', got method={method!r}")
     if method not in _METHODS:
         raise ValueError(f"method: expected one of {', '.join(map(repr, _METHODS))}, got {method!r}")
     if store_dtype is not None and method != "sequential":

@@ -28,6 +28,10 @@ class Fold:
 
     Attributes:
         grams: The Gramian of each group so far.
+        standard_errors: Where estimates were added, the standard error of the Gramian of each group so far.
+        groups: As given.
+        metric: As given.
+        reduce: As given.
     """
 
     def __init__(
@@ -41,20 +45,21 @@ class Fold:
     ) -> None:
         self.num_tasks = num_tasks
         self.grams = {g: torch.zeros(num_tasks, num_tasks, dtype=torch.float64, device=device) for g in groups}
+        self.standard_errors: dict[str, Tensor] = {}
+        self.groups = groups
+        self.metric = metric
+        self.reduce = reduce
         self._inputs = inputs
-        self._groups = groups
-        self._metric = metric
-        self._reduce = reduce
 
     def add_block(self, k: int, block: Tensor) -> None:
         """Fold in the gradients ``[T, *shape]`` of input ``k``."""
-        if self._reduce is not None:
-            block = self._reduce(block)
+        if self.reduce is not None:
+            block = self.reduce(block)
         self.add_gram(k, ops.gram([block], self.num_tasks, self._metric_of([k]), stacked=True))
 
     def add_row(self, k: int, task: int, grad: Tensor) -> None:
         """Fold in the gradient of input ``k``, which ``task`` alone reaches."""
-        if self._reduce is not None:
+        if self.reduce is not None:
             block = grad.new_zeros(self.num_tasks, *grad.shape)
             block[task] = grad
             self.add_block(k, block)
@@ -63,12 +68,19 @@ class Fold:
 
     def add_gram(self, k: int, gram: Tensor, tasks: Sequence[int] | None = None) -> None:
         """Add a Gramian of the gradients of input ``k``, ``[n, n]`` for ``n`` tasks, all if None."""
-        total = self.grams[self._groups[k]]
+        total = self.grams[self.groups[k]]
         if tasks is None:
             total += gram.to(total.device)
         else:
             at = torch.tensor(tasks, device=total.device)
             total[at[:, None], at] += gram.to(total.device)
+
+    def add_estimate(self, group: str, gram: Tensor, standard_error: Tensor) -> None:
+        """Add an estimate of a Gramian ``[T, T]``, independent of those before, and its standard error."""
+        total = self.grams[group]
+        total += gram.to(total.device)
+        before = self.standard_errors.get(group, torch.zeros_like(total))
+        self.standard_errors[group] = torch.hypot(before, standard_error.to(total.device))
 
     def add_rows(self, members: Sequence[int], rows: Sequence[Sequence[Tensor | None]]) -> None:
         """Fold in stored gradients of the inputs ``members``: for each task one per member, None for zeros.
@@ -76,7 +88,7 @@ class Fold:
         DTensors count in all their shards.
         """
         columns = list(zip(*rows, strict=True))
-        if self._reduce is not None:
+        if self.reduce is not None:
             # One block for each input, in their order and with zeros for None, so that ranks reduce the same blocks
             # whatever their own losses reach.
             for k, column in zip(members, columns, strict=True):
@@ -87,7 +99,7 @@ class Fold:
         for i, column in enumerate(columns):
             models = [grad for grad in column if grad is not None]
             if models:
-                calls.setdefault((self._groups[members[i]], *_placement(models[0])), []).append(i)
+                calls.setdefault((self.groups[members[i]], *_placement(models[0])), []).append(i)
         for (_, _, mesh, replicas), at in calls.items():
             gram = self._gram_of_lists(
                 [[columns[i][t] for i in at] for t in range(self.num_tasks)], [members[i] for i in at]
@@ -108,7 +120,7 @@ class Fold:
         return ops.gram(grads, self.num_tasks, self._metric_of(members))
 
     def _metric_of(self, members: Sequence[int]) -> list[Tensor]:
-        return [_local(self._metric[k]) for k in members] if self._metric else []
+        return [_local(self.metric[k]) for k in members] if self.metric else []
 
 
 def is_dtensor(value: object) -> bool:
