@@ -185,7 +185,11 @@ class _Disjoint:
         """Collect."""
         nodes = list(self._job.graph.children)
         consumers = self._direct_consumers()
-        findings = owners.find(self._job.graph, self._job.losses, self._owner, list(consumers))
+
+        def is_layer(node: Node) -> bool:
+            return any(self._applies_weights(consumer) for consumer in consumers.get(node, ()))
+
+        findings = owners.find(self._job.graph, self._job.losses, self._owner, consumers, is_layer)
         self._places = {nodes[i]: place for i, place in findings.places.items()}
         self._consumers = self._by_place(consumers, {nodes[i] for i in findings.absorbed})
         operands = [(node, consumer.k) for node, found in self._consumers.items() for consumer in found]
@@ -225,6 +229,11 @@ class _Disjoint:
             elif node in self._job.graph.children:
                 consumers.setdefault(node, []).append(_Consumer(k, -1 - slot, None))
         return consumers
+
+    def _applies_weights(self, consumer: _Consumer) -> bool:
+        """Whether it is the weight of a linear layer or a convolution."""
+        rows = None if consumer.use is None else consumer.use.rows(self._job.inputs[consumer.k])
+        return rows is not None and rows.left is not None and rows.left.is_floating_point()
 
     def _by_place(self, consumers: Mapping[Node, list[_Consumer]], absorbed: set[Node]) -> dict[Node, list[_Consumer]]:
         """The same by the first nodes at or above them where samples lie apart."""

@@ -94,7 +94,13 @@ _known: dict[int, Findings] = {}
 _random = random.Random(0)  # not the user's: collecting leaves random-number state alone
 
 
-def find(graph: Graph, losses: Sequence[Tensor], owner: Tensor, consumers: Iterable[Node]) -> Findings:
+def find(
+    graph: Graph,
+    losses: Sequence[Tensor],
+    owner: Tensor,
+    consumers: Iterable[Node],
+    is_layer: Callable[[Node], bool],
+) -> Findings:
     """Where the samples lie apart that the gradients of parameters are made of.
 
     The first graph of a form costs two backwards. For later ones only the part above the first such place is run
@@ -105,6 +111,7 @@ def find(graph: Graph, losses: Sequence[Tensor], owner: Tensor, consumers: Itera
         losses: For each task its loss.
         owner: The task of each sample ``[B]`` or token ``[B, S]``, ``[tokens]``.
         consumers: The nodes that consume parameters.
+        is_layer: Whether a node applies a parameter to something that may be samples.
 
     Raises:
         ValueError: If ``owner`` does not fit, or the samples of different tasks meet before the losses do.
@@ -116,7 +123,7 @@ def find(graph: Graph, losses: Sequence[Tensor], owner: Tensor, consumers: Itera
     findings = _known.get(form)
     if findings is None:
         _refuse_batch_norm(graph)
-        findings, certain = _Probe(graph, losses, owner).run(consumers, position)
+        findings, certain = _Probe(graph, losses, owner, is_layer).run(consumers, position)
         if certain:
             _known[form] = findings
             if len(_known) > _MOST_REMEMBERED:
@@ -227,10 +234,11 @@ class _Signature:
 class _Probe:
     """Compares two backwards at more and more nodes, from those that consume parameters upwards."""
 
-    def __init__(self, graph: Graph, losses: Sequence[Tensor], owner: Tensor) -> None:
+    def __init__(self, graph: Graph, losses: Sequence[Tensor], owner: Tensor, is_layer: Callable[[Node], bool]) -> None:
         self._graph = graph
         self._losses = losses
         self._owner = owner
+        self._is_layer = is_layer
         self._factors = _shuffled_factors(len(losses)).to(owner.device)
         self._parents: dict[Node, list[Node]] = {}
         for node, edges in graph.children.items():
@@ -289,9 +297,10 @@ class _Probe:
 
     def _check_absorbed(self, absorbed: Mapping[Node, torch.Size], places: Mapping[Node, Place]) -> None:
         """Refuse to take a part of the model that mixes samples for parameters on their way to a layer."""
-        for node in absorbed:
+        for node, shape in absorbed.items():
             below = set(_below(self._graph, node))
-            if below & places.keys() or len(below & self._graph.leaves.keys()) > _MOST_ABSORBED:
+            layer_of_samples = bool(_candidates(self._owner, shape)) and self._is_layer(node)
+            if layer_of_samples or below & places.keys() or len(below & self._graph.leaves.keys()) > _MOST_ABSORBED:
                 self._refuse(absorbed)
 
     def _refuse(self, absorbed: Mapping[Node, torch.Size]) -> NoReturn:
