@@ -63,7 +63,15 @@ def from_losses(
               backward (compiled models, sparse embeddings, hooks that read values), which is logged once for a
               model. As it may have to fall back, it keeps the whole graph until it has collected; "batched" frees
               the graph as it goes.
-        owner: Not built yet.
+        owner: Where every task owns samples of its own (multi-domain training, packed sequences, one loss for each
+            sample), whose they are: integers ``[B]`` for the samples, or ``[B, S]`` or ``[tokens]`` for the tokens, of
+            a batch, each the position of a task among the losses. Then one backward of all losses holds the gradients
+            of all tasks, so that this costs little more than an ordinary backward, for any ``T``
+            (``stats.method`` is "disjoint"). The losses must come from one forward whose samples do not meet: models
+            that mix them, as BatchNorm does in training mode, and an ``owner`` that does not fit the losses are
+            refused. The first step on a model takes two more backwards, which find out how samples lie in it; whether
+            ``owner`` fits the losses is checked at every step, but what a mask of attention keeps apart only then.
+            :mod:`gradstats.collect.rules` says how to make layers of your own cheap. Not for ``max_bytes``.
         group_by: ``"parameter"``, ``"module"`` (the name up to its last dot) or a function of the name. Fills
             ``stats.groups`` with statistics by group, whose Gramians sum to the total. Needs named inputs.
         metric: Positive diagonal ``d``, one tensor in the shape of each input: a sequence in the order of the inputs
@@ -87,16 +95,15 @@ def from_losses(
         TypeError: If a loss, an input or a metric has a wrong type.
         ValueError: If a loss is not one number, no loss has a graph or none reaches any input, or an option does not
             fit, as its message says.
-        NotImplementedError: If an option is asked for that is not built yet.
         RuntimeError: If ``method="batched"`` cannot carry this backward, or the graph has been freed.
     """
-    _refuse_unbuilt(owner=owner)
     names, tensors = args.normal_losses(losses)
     return collect(
         names,
         tensors,
         inputs,
         method=method,
+        owner=owner,
         group_by=group_by,
         metric=metric,
         loss_scale=loss_scale,
@@ -136,7 +143,7 @@ def backward(
         weights: ``T`` numbers, or a mapping from task name to number. Those of absent tasks do not count.
         inputs: What the Gramian is taken of, as for :func:`from_losses`.
         method: As for :func:`from_losses`.
-        owner: Not built yet.
+        owner: As for :func:`from_losses`.
         group_by: As for :func:`from_losses`.
         metric: As for :func:`from_losses`.
         loss_scale: As for :func:`from_losses`; the weighted gradients keep the factor.
@@ -152,12 +159,10 @@ def backward(
     Raises:
         TypeError: As :func:`from_losses`, or if ``weights`` is None.
         ValueError: As :func:`from_losses`, or if ``weights`` does not hold one number for each task.
-        NotImplementedError: As :func:`from_losses`.
         RuntimeError: As :func:`from_losses`.
     """
     if weights is None:  # which stands for no backward, one layer below
         raise TypeError("weights: expected one number per task, got None")
-    _refuse_unbuilt(owner=owner)
     names, tensors = args.normal_losses(losses)
     return collect(
         names,
@@ -165,6 +170,7 @@ def backward(
         inputs,
         weights=weights,
         method=method,
+        owner=owner,
         group_by=group_by,
         metric=metric,
         loss_scale=loss_scale,
@@ -193,9 +199,3 @@ def shared_parameters(losses: Losses, model: nn.Module) -> dict[str, nn.Paramete
     graph = Graph(list(args.present_losses(*args.normal_losses(losses)).values()))
     named = model.named_parameters()
     return {name: p for name, p in named if p.requires_grad and graph.tasks_reaching(p).bit_count() > 1}
-
-
-def _refuse_unbuilt(**options: object) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise NotImplementedError(f"{name}: this option is not built yet; leave it out")

@@ -13,6 +13,7 @@ from torch import Tensor
 from gradstats import ops
 from gradstats.collect import arguments as args
 from gradstats.collect.arguments import GroupBy, Inputs, Metric, Weights
+from gradstats.collect.disjoint import collect_disjoint, task_positions
 from gradstats.collect.engine import collect_with_engine
 from gradstats.collect.fold import Fold, Reduce, is_dtensor
 from gradstats.collect.graph import Graph
@@ -34,6 +35,7 @@ def collect(
     inputs: Inputs = None,
     *,
     method: str = "auto",
+    owner: Tensor | None = None,
     weights: Weights | None = None,
     group_by: GroupBy | None = None,
     metric: Metric | None = None,
@@ -52,6 +54,7 @@ def collect(
         losses: ``T`` losses, None for an absent task.
         inputs: As for :func:`from_losses`.
         method: As for :func:`from_losses`.
+        owner: As for :func:`from_losses`.
         weights: If given, ``Σ_t w_t ∂L_t`` is accumulated into ``.grad`` of every leaf, as by :func:`backward`.
         group_by: As for :func:`from_losses`.
         metric: As for :func:`from_losses`.
@@ -70,9 +73,14 @@ def collect(
         The statistics of all ``T`` tasks.
     """
     check_method(method, store_dtype, num_directions, seed)
+    if owner is not None and (method != "auto" or max_bytes is not None):
+        raise ValueError(
+            "owner: is a way of collecting of its own, which goes with method='auto' and without max_bytes"
+        )
     scale = args.normal_loss_scale(loss_scale)
     present = args.present_losses(names, losses)
     device = next(iter(present.values())).device
+    owners = None if owner is None else task_positions(owner, len(names), list(present), device)
     w = None if weights is None else args.normal_weights(weights, names, device)[list(present)]
     graph = Graph(list(present.values()))
     if inputs is None and graph.hides_parameters:
@@ -90,7 +98,7 @@ def collect(
     # In a user's autocast region the products below must not be rounded.
     with torch.autocast(device.type, enabled=False):
         sketch = functools.partial(collect_sketch, num_directions=num_directions, seed=seed)
-        fold, method = _run(job, method, store_dtype, max_bytes, sketch, retain_graph)
+        fold, method = _run(job, method, owners, store_dtype, max_bytes, sketch, retain_graph)
     has_loss = torch.tensor([task in present for task in range(len(names))], device=device)
     has_both = has_loss[:, None] & has_loss
     make_stats = functools.partial(GradStats, names=tuple(names), present=has_loss, method=method)
@@ -128,17 +136,25 @@ def signature(names: Sequence[str], losses: Sequence[Tensor | None], inputs: Inp
 def _run(
     job: Job,
     method: str,
+    owners: Tensor | None,
     store_dtype: torch.dtype | None,
     max_bytes: int | None,
     sketch: Callable[..., Fold],
     retain_graph: bool,
 ) -> tuple[Fold, str]:
     """Collect by ``method`` and see to the weighted backward; return also the method that was used."""
-    if method == "auto" and (job.graph.hides_parameters or any(is_dtensor(tensor) for tensor in job.inputs)):
+    if owners is not None:
+        if any(is_dtensor(tensor) for tensor in job.inputs):
+            raise ValueError("owner: expected inputs that are no DTensors; leave owner out")
+        method = "disjoint"
+    elif method == "auto" and (job.graph.hides_parameters or any(is_dtensor(tensor) for tensor in job.inputs)):
         method = "engine"
     if method != "engine":
         _check_visible(job)
-    fold, grads, method = _collect_by(method, job, store_dtype, max_bytes, sketch, retain_graph)
+    if owners is not None:
+        fold, grads = collect_disjoint(job, owners, retain_graph=retain_graph)
+    else:
+        fold, grads, method = _collect_by(method, job, store_dtype, max_bytes, sketch, retain_graph)
     if grads is not None:
         # Through the leaves' own accumulation, so that what hooks it (DDP, fused optimizers) fires, and once.
         torch.autograd.backward(list(grads), list(grads.values()))
