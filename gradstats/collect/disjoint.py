@@ -285,7 +285,7 @@ class _Disjoint:
         """Fold in by the rule of ``node``; False if none fits."""
         k, use = consumer.k, consumer.use
         leaf, grad, layout = self._job.inputs[k], cotangents[0], self._places[node].layouts[0]
-        if use is None or leaf._backward_hooks or grad is None or layout is None:  # hooks want whole gradients
+        if use is None or grad is None or layout is None:
             return False
         rows = use.rows(leaf)
         if rows is None:
@@ -294,10 +294,8 @@ class _Disjoint:
         grouping = self._grouping(layout, grad.shape, len(right))
         if grouping is None:
             return False
-        if self._num_consumers[k] > 1:
-            self._add_block(k, _gradients(rows, right, grouping, use))
-        elif self._job.needs_gradients:
-            self._fold.add_block(k, _gradients(rows, right, grouping, use))
+        if self._num_consumers[k] > 1 or self._job.needs_gradients or leaf._backward_hooks:
+            self._add_block(k, _hooked(leaf, _gradients(rows, right, grouping, use)))
         elif rows.left is None:
             self._fold_sums(k, grouping.sums(right))
         else:
@@ -349,6 +347,12 @@ class _Disjoint:
             return tuple(grad if child in through else None for child, grad in enumerate(grads))
 
         edges = [(node, slot) for slot in cotangents]
+        for edge, grad in zip(edges, cotangents.values(), strict=True):
+            if pull([edge], [grad], [edge], retain_graph=True)[0] is not grad:  # the hook has been run already
+                raise ValueError(
+                    f"owner: a hook changes the gradient of the output of {node.name()}, which has no rule "
+                    "(gradstats.collect.rules) and so runs once more for every task; remove the hook or leave owner out"
+                )
         targets = [edge_of(self._job.inputs[k]) for k in inputs]
         handle = node.register_hook(stop)
         self._is_running_alone = True
@@ -371,6 +375,15 @@ class _Disjoint:
             leaf = self._job.inputs[k]
             self._sums[k] = leaf.new_zeros(self._num_tasks, *leaf.shape)
         return self._sums[k]
+
+
+def _hooked(leaf: Tensor, block: Tensor) -> Tensor:
+    """The gradients of a leaf as the hooks that users registered on it leave them."""
+    if not leaf._backward_hooks:
+        return block
+    edge = edge_of(leaf)
+    hooked = [pull([edge], [grad], [edge], retain_graph=True)[0] for grad in block]
+    return torch.stack([grad for grad in hooked if grad is not None])
 
 
 def _rows_of(task: int, grad: Tensor, owners: Tensor) -> Tensor:

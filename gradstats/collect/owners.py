@@ -239,7 +239,7 @@ class _Probe:
         self._losses = losses
         self._owner = owner
         self._is_layer = is_layer
-        self._factors = _shuffled_factors(len(losses)).to(owner.device)
+        self._factors = _shuffled_factors(len(losses), owner)
         self._parents: dict[Node, list[Node]] = {}
         for node, edges in graph.children.items():
             for child, _ in edges:
@@ -337,7 +337,7 @@ def _match(first: _Signature, second: _Signature, owner: Tensor, factors: Tensor
         return None, False
     layout, owners = fitting[0]
     seen = factors[owners][alive]
-    certain = len(factors) == 1 or bool((seen == 0).any() and (seen != 0).any())
+    certain = bool((owners == owners[0]).all()) or bool((seen == 0).any() and (seen != 0).any())
     return layout, certain and all(torch.equal(owners, other) for _, other in fitting[1:])
 
 
@@ -349,15 +349,18 @@ def _candidates(owner: Tensor, shape: torch.Size) -> list[Layout]:
     return found + [replace(layout, transposed=True) for layout in found if owner.ndim == 2]
 
 
-def _shuffled_factors(num_tasks: int) -> Tensor:
-    factors = [_FACTORS[task % len(_FACTORS)] for task in range(num_tasks)]
-    _random.shuffle(factors)
-    return torch.tensor(factors)
+def _shuffled_factors(num_tasks: int, owner: Tensor) -> Tensor:
+    """Factors ``[T]`` of which at least one task with samples has 0 and one another, if there are two."""
+    tasks = sorted(set(owner.flatten().tolist()))
+    _random.shuffle(tasks)
+    factors = torch.zeros(num_tasks)
+    factors[tasks] = torch.tensor([_FACTORS[i % len(_FACTORS)] for i in range(len(tasks))])
+    return factors.to(owner.device)
 
 
 def _check_losses(graph: Graph, losses: Sequence[Tensor], owner: Tensor, places: Mapping[Node, Place]) -> None:
     """Check that the losses reach the rows of their own tasks alone where samples first lie apart."""
-    factors = _shuffled_factors(len(losses)).to(owner.device)
+    factors = _shuffled_factors(len(losses), owner)
     below: set[Node] = set()
     for node, edges in graph.children.items():
         if node in places or node in below:
