@@ -79,7 +79,7 @@ def from_losses(
         loss_scale: A factor that the losses carry already, such as a gradient scaler's, undone in the Gramian; a
             positive number, or a tensor of one, which is not waited for if it is on a device.
         max_bytes: Not built yet.
-        num_directions: With ``method="sketch"``, about how many random directions are drawn (at least 4 in every
+        num_directions: With ``method="sketch"``, about how many random directions are drawn (at least 8 in every
             group); 32 if None. The relative standard error of the norms is about ``1 / sqrt(2 num_directions)``.
         seed: With ``method="sketch"``, a non-negative integer that seeds the directions; None derives it from the
             gradients, so that every step draws anew and a run repeats. The default generator is not touched.

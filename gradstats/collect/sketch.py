@@ -29,9 +29,9 @@ from gradstats.collect.job import Job
 
 #: Directions where the caller does not say how many: norms to 12 %.
 DEFAULT_DIRECTIONS = 32
-#: Directions in a stratum. The variance estimated from ``k`` of them is too high by the factor ``1 + 2 / k``, which
-#: makes up for its own noise, so that intervals of two standard errors cover; with fewer it would be much too high.
-_STRATUM = 4
+#: Directions in a stratum. Fewer would lie higher up and so cost less, but a task that has most of its gradient where
+#: others have little would be known badly.
+_STRATUM = 8
 #: Directions carried at once, each with a copy of its stratum's inputs.
 _CHUNK = 8
 #: Share of the products that may be missing before we refuse: more than the rounding of bfloat16.
@@ -48,7 +48,7 @@ def collect_sketch(job: Job, *, num_directions: int | None, seed: int | None, re
     Args:
         job: What to collect.
         num_directions: About how many directions are drawn in all, 32 if None. Strata do not cross groups of inputs,
-            and a group has at least 4 directions.
+            and a group has at least 8 directions.
         seed: Seeds the directions; None derives one from the gradients, so that steps draw anew and a run repeats.
         retain_graph: Whether the graph is kept.
 
@@ -84,7 +84,9 @@ def collect_sketch(job: Job, *, num_directions: int | None, seed: int | None, re
             gram = rows.T @ rows / count
             gram = (gram + gram.T) / 2  # exactly symmetric, in whatever order the product was summed
             norms = gram.diagonal().sqrt()
-            fold.add_estimate(group, gram, torch.hypot(gram, torch.outer(norms, norms)) / math.sqrt(count))
+            # Over ``count - 1``, our choice, on the safe side: estimates are skewed, and intervals of two standard
+            # errors would cover too little.
+            fold.add_estimate(group, gram, torch.hypot(gram, torch.outer(norms, norms)) / math.sqrt(count - 1))
     return fold
 
 
@@ -135,9 +137,9 @@ def _by_depth(members: Sequence[int], job: Job) -> list[int]:
 
 
 def _strata(members: Sequence[int], energies: Sequence[float], directions: int) -> list[tuple[list[int], int]]:
-    """Cut ``members``, in their order, into strata; each with its share of ``directions``, at least 4.
+    """Cut ``members``, in their order, into strata; each with its share of ``directions``, at least 8.
 
-    A stratum ends where the energy so far reaches another multiple of what 4 directions stand for.
+    A stratum ends where the energy so far reaches another multiple of what 8 directions stand for.
     """
     total, quanta = sum(energies[k] for k in members), directions // _STRATUM
     strata: list[tuple[list[int], int]] = []
