@@ -35,10 +35,11 @@ def from_losses(
 ) -> GradStats:
     """The Gramian of the gradients of several losses, computed during one backward.
 
-    Every gradient is folded into the Gramian as it appears and freed at once. ``.grad``, buffers, random-number state
-    and hooks stay as they were, and so does the graph with ``retain_graph``. Models need no change. The one exception
-    is an activation whose gradient is retained: torch writes it in every backward, so call ``retain_grad`` after
-    collecting.
+    Gradients are folded into the Gramian as they appear and freed at once. ``.grad``, buffers, random-number state and
+    hooks stay as they were, and so does the graph with ``retain_graph``. Models need no change. The exceptions: torch
+    writes the gradient of an activation that retains it in every backward, so call ``retain_grad`` after collecting;
+    and hooks on nodes of the graph (``Node.register_hook``, not those on tensors and modules) count with
+    ``method="sequential"`` and ``"engine"`` alone.
 
     Args:
         losses: A mapping from task name to loss, a sequence of losses, or a tensor ``[T]``. A loss is one number. A
@@ -52,17 +53,19 @@ def from_losses(
             compiled as one region: pass ``inputs`` there.
         method: How to collect:
 
-            * ``"batched"``: one backward, whose shared part carries the gradients of all tasks under ``torch.vmap``;
+            * ``"auto"``: segment by segment: the graph below the losses is cut where every path passes one node, and
+              only one segment's gradients live at a time. For each segment a cost model chooses between all tasks at
+              once (``torch.vmap``) and one after the other, and for each linear layer whether the ``T`` gradients of
+              its weight are formed at all; :func:`explain` shows the choice. ``stats.method`` is "batched" if all
+              shared segments were passed at once, else "blockwise". "engine" instead if an input is a DTensor;
+            * ``"batched"``: the same, with all tasks at once in every segment below the heads that allows it;
+            * ``"blockwise"``: the same, with one task after the other in every segment;
             * ``"sequential"``: ``T`` calls of ``torch.autograd.grad``; holds all ``T`` gradients;
             * ``"engine"``: ``T`` backwards through the leaves' accumulation, which run every hook there, with
               ``.grad`` put back afterwards; for FSDP2, whose parameters ``torch.autograd.grad`` cannot see;
             * ``"sketch"``: an unbiased estimate at a cost that does not grow with ``T``, from products ``J v`` with
               random directions; ``stats.standard_error`` says how good it is. Differentiates the backward once more.
-              One step is cheaper than the exact methods from about ``T = num_directions / 2`` on;
-            * ``"auto"``: "engine" if an input is a DTensor, else "batched", or "sequential" where vmap refuses the
-              backward (compiled models, sparse embeddings, hooks that read values), which is logged once for a
-              model. As it may have to fall back, it keeps the whole graph until it has collected; "batched" frees
-              the graph as it goes.
+              One step is cheaper than the exact methods from about ``T = num_directions / 2`` on.
         owner: Where every task owns samples of its own (multi-domain training, packed sequences, one loss for each
             sample), whose they are: integers ``[B]`` for the samples, or ``[B, S]`` or ``[tokens]`` for the tokens, of
             a batch, each the position of a task among the losses. Then one backward of all losses holds the gradients
@@ -78,15 +81,17 @@ def from_losses(
             or a mapping from their names. The result is the Gramian ``J diag(d) Jᵀ``.
         loss_scale: A factor that the losses carry already, such as a gradient scaler's, undone in the Gramian; a
             positive number, or a tensor of one, which is not waited for if it is on a device.
-        max_bytes: Not built yet.
+        max_bytes: Bound on the memory, in bytes, that a collection is predicted to hold at once above the graph, the
+            parameters and their ``.grad``; not for "sequential" and "engine". Within it the fastest plan is followed;
+            a segment whose ``T`` gradients do not fit is passed several times for a few of its parameters each.
         num_directions: With ``method="sketch"``, about how many random directions are drawn (at least 8 in every
             group); 32 if None. The relative standard error of the norms is about ``1 / sqrt(2 num_directions)``.
         seed: With ``method="sketch"``, a non-negative integer that seeds the directions; None derives it from the
             gradients, so that every step draws anew and a run repeats. The default generator is not touched.
         store_dtype: With ``method="sequential"``, the dtype that gradients are kept in until all are there; bfloat16
             halves the memory of float32 at a relative error of 2^-9 in each entry.
-        retain_graph: Whether the graph is kept for another backward. Where "auto" frees it after a batched collection,
-            hooks are called once more, with None.
+        retain_graph: Whether the graph is kept for another backward. Otherwise heads and segments that are passed task
+            by task free it as they go, and the rest goes with the losses.
 
     Returns:
         The statistics; ``stats.method`` says which method was used.
@@ -135,8 +140,8 @@ def backward(
 
     ``.grad`` of every leaf of the graph, shared or not, an input or not, receives the weighted gradient as from an
     ordinary backward: it accumulates, and hooks on the accumulation fire once ("engine" fires them once for each task
-    as well). Hooks on activations see the gradients of single tasks beside each other and so must be linear. Methods
-    other than "batched", and leaves with hooks of their own, take a second, ordinary backward.
+    as well). Hooks on activations see the gradients of single tasks and so must be linear. "sequential" and "engine",
+    and leaves with hooks of their own, take a second, ordinary backward.
 
     Args:
         losses: As for :func:`from_losses`.
@@ -147,7 +152,7 @@ def backward(
         group_by: As for :func:`from_losses`.
         metric: As for :func:`from_losses`.
         loss_scale: As for :func:`from_losses`; the weighted gradients keep the factor.
-        max_bytes: Not built yet.
+        max_bytes: As for :func:`from_losses`.
         num_directions: As for :func:`from_losses`.
         seed: As for :func:`from_losses`.
         store_dtype: As for :func:`from_losses`.

@@ -83,6 +83,10 @@ def present_losses(names: Sequence[str], losses: Sequence[Tensor | None]) -> dic
                 "reduce it first, with .mean() for example"
             )
     present = {task: loss for task, loss in enumerate(losses) if loss is not None and loss.requires_grad}
+    devices = {loss.device: names[task] for task, loss in present.items()}
+    if len(devices) > 1:
+        where = " and ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise ValueError(f"losses: expected all on one device, got {where}")
     if not present:
         raise ValueError(f"losses: none of {list(names)} has a graph (requires_grad is False, or all are None)")
     return present
@@ -138,13 +142,16 @@ def _show_shards(module: nn.Module) -> None:
 
 
 def default_inputs(graph: Graph) -> list[Tensor]:
-    """The leaves that at least two losses reach; where there are none, all leaves.
+    """The leaves that at least two losses reach; where there are none, all leaves; parameters alone if there are any.
 
+    Data may require grad as well, and is no parameter.
     Losses that share nothing have orthogonal gradients, and a single loss shares with nobody: their Gramian is
     diagonal, and the full gradients are what its norms can mean.
     """
     shared = [leaf for node, leaf in graph.leaves.items() if graph.is_shared(node)]
-    return shared or list(graph.leaves.values())
+    leaves = shared or list(graph.leaves.values())
+    parameters: list[Tensor] = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
+    return parameters or leaves
 
 
 def _check_input_names(names: Sequence[object]) -> None:

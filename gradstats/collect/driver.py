@@ -206,7 +206,7 @@ def _collect_by(
         if method != "batched":
             raise
         raise RuntimeError(f"method: 'batched' failed on this graph; 'auto' may not. {error}") from error
-    return fold, grads, used if method == "auto" else method
+    return fold, grads, method if method == "blockwise" else used
 
 
 def check_method(

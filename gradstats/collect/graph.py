@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,18 @@ Edge = tuple[Node, int]
 
 #: Nodes whose backward reaches parameters that are not below them in the graph, or hands gradients on to others.
 _HIDING = ("CheckpointFunctionBackward", "RegisterPostBackwardFunctionBackward")
+
+
+#: Nodes with one operand whose backward gives just its gradient.
+_UNARY = frozenset(
+    (
+        *("Relu", "LeakyRelu", "Gelu", "Silu", "Mish", "Elu", "Tanh", "Sigmoid", "Softplus", "Hardswish", "Hardtanh"),
+        *("View", "UnsafeView", "ReshapeAlias", "Permute", "Transpose", "T", "Clone", "Select", "Slice", "Squeeze"),
+        *("Unsqueeze", "Mean", "NativeDropout", "MaxPool2DWithIndices", "AvgPool2D", "AdaptiveAvgPool2D", "Split"),
+    )
+)
+#: Elementwise nodes with two operands; where these have one shape, no gradient is summed over a broadcast dimension.
+_BINARY = frozenset(("Add", "Sub", "Mul"))
 
 
 def edge_of(tensor: Tensor) -> Edge:
@@ -47,6 +59,37 @@ def pull(
             "set torch._functorch.config.donated_buffer = False (after `import torch._functorch.config`) before the "
             "model's first step"
         ) from error
+
+
+def can_cross(graph: Graph, node: Node) -> bool:
+    """Whether :func:`cross` gives what the engine would."""
+    kind, backward, _ = node.name().partition("Backward")
+    if not backward or any(child in graph.leaves for child, _ in graph.children[node]):
+        return False
+    if kind in _UNARY:
+        return True
+    here = metadata_of((node, 0))
+    below = [metadata_of(edge) for edge in graph.children[node]]
+    return kind in _BINARY and all(there.shape == here.shape and there.dtype == here.dtype for there in below)
+
+
+def cross(graph: Graph, rows: Mapping[Edge, Tensor]) -> dict[Edge, Tensor]:
+    """The gradients right below the nodes at which ``rows`` arrive.
+
+    A gradient that has been taken out of the backward has passed the hooks of its tensor. Where it is put back in it
+    would pass them once more, so the node below them is run by itself.
+    """
+    arriving: dict[Node, dict[int, Tensor]] = {}
+    for (node, slot), row in rows.items():
+        arriving.setdefault(node, {})[slot] = row
+    found: dict[Edge, Tensor] = {}
+    for node, slots in arriving.items():
+        call: Any = node
+        grads = call(*(slots.get(slot) for slot in range(len(call._input_metadata))))
+        for edge, grad in zip(node.next_functions, grads if isinstance(grads, tuple) else (grads,), strict=True):
+            if grad is not None and edge[0] in graph.children:
+                found[edge] = found[edge] + grad if edge in found else grad  # type: ignore[index]
+    return found
 
 
 def zero_gradient(edge: Edge) -> Tensor:

@@ -1,7 +1,7 @@
 """Cuts the graph below some losses into segments that can be passed one after the other.
 
 Between two segments a gradient flows, for each task, into one node only. So ``torch.autograd.grad`` can be asked for
-the gradients at that node, and started anew from there: nothing of one segment is needed for the next but these.
+the gradients at that node, and started anew below it: nothing of one segment is needed for the next but these.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch.autograd.graph import Node
 
-from gradstats.collect.graph import Edge, Graph
+from gradstats.collect.graph import Edge, Graph, can_cross
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,16 @@ def _order(graph: Graph, nodes: set[Node]) -> list[Node]:
 
 
 def _starts(graph: Graph, order: list[Node]) -> list[int]:
-    """The positions in ``order`` where a segment can start: where no task's gradients wait at two nodes."""
+    """The positions in ``order`` where a segment can start.
+
+    There no task's gradients wait at two nodes, and the nodes at which they wait can be crossed.
+    """
     known = set(order)
     starts = [0]
     waiting: dict[Node, int] = {}
     for position, node in enumerate(order):
-        if position and graph.is_shared(node) and _are_disjoint(waiting.values()):
+        is_open = position > 0 and graph.is_shared(node) and _are_disjoint(waiting.values())
+        if is_open and all(can_cross(graph, below) for below in waiting):
             starts.append(position)
         waiting.pop(node, None)
         for child, _ in graph.children[node]:
@@ -137,28 +141,22 @@ def _connect(graph: Graph, pieces: list[list[Node]], leaves: set[Node]) -> tuple
     last_use: dict[Node, int] = {}
     for node, i in piece_of.items():
         last_use.update((child, i) for child, _ in graph.children[node] if child in leaves)
-    alone = _leading_to_one_leaf(graph, piece_of, leaves)
+    chains = _chains(graph, piece_of, leaves)
     outs: list[dict[Edge, int]] = [{} for _ in pieces]
     taken: list[dict[Node, dict[Edge, None]]] = [{} for _ in pieces]
     stuck = []
-
-    for edge in graph.roots:
-        child = edge[0]
-        if child in alone and last_use[alone[child]] > piece_of[child]:
-            taken[piece_of[child]].setdefault(alone[child], {})[edge] = None
     for node, i in piece_of.items():
         for edge in graph.children[node]:
             child = edge[0]
             if child in leaves:
                 if last_use[child] == i:
                     taken[i].setdefault(child, {})[edge] = None
-                elif node not in alone:
+                elif node not in chains:
                     stuck.append((i, last_use[child]))
-            elif child in piece_of:
-                if piece_of[child] != i:
-                    outs[i][edge] = outs[i].get(edge, 0) | graph.reached_by[node]
-                if child in alone and node not in alone and last_use[alone[child]] > piece_of[child]:
-                    taken[piece_of[child]].setdefault(alone[child], {})[edge] = None
+            elif child in chains and node not in chains and last_use[chains[child]] > i:
+                taken[i].setdefault(chains[child], {})[edge] = None
+            elif child in piece_of and piece_of[child] != i:
+                outs[i][edge] = outs[i].get(edge, 0) | graph.reached_by[node]
     segments = [
         Segment(tuple(piece), out, {leaf: tuple(edges) for leaf, edges in found.items()})
         for piece, out, found in zip(pieces, outs, taken, strict=True)
@@ -166,16 +164,24 @@ def _connect(graph: Graph, pieces: list[list[Node]], leaves: set[Node]) -> tuple
     return segments, stuck
 
 
-def _leading_to_one_leaf(graph: Graph, piece_of: dict[Node, int], leaves: set[Node]) -> dict[Node, Node]:
-    """The nodes below which there is one leaf and nothing of another segment, and that leaf."""
-    alone: dict[Node, Node] = {}
-    for node in reversed(piece_of):
-        ends = set()
+def _chains(graph: Graph, piece_of: dict[Node, int], leaves: set[Node]) -> dict[Node, Node]:
+    """The nodes from which a single path within one segment leads down to a leaf, and that leaf.
+
+    Nothing else flows into such a path but at its first node, so a gradient that arrives there can be taken.
+    """
+    parents: dict[Node, set[Node]] = {}
+    roots = {root for root, _ in graph.roots}
+    for node in piece_of:
         for child, _ in graph.children[node]:
-            if child in leaves:
-                ends.add(child)
-            elif child in piece_of:
-                ends.add(alone[child] if child in alone and piece_of[child] == piece_of[node] else node)
-        if len(ends) == 1 and node not in ends:
-            alone[node] = ends.pop()
-    return alone
+            parents.setdefault(child, set()).add(node)
+    chains: dict[Node, Node] = {}
+    for node in reversed(piece_of):
+        below = {child for child, _ in graph.children[node] if child in leaves or child in piece_of}
+        if len(below) != 1 or node in roots or any(piece_of[above] != piece_of[node] for above in parents[node]):
+            continue
+        (child,) = below
+        if child in leaves:
+            chains[node] = child
+        elif child in chains and parents[child] == {node}:
+            chains[node] = chains[child]
+    return chains

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 from gradstats.collect.graph import Edge, Graph, edge_of, metadata_of
 from gradstats.collect.plan import LeafFacts, SegmentFacts
 from gradstats.collect.rules import Rows, Use, uses
-from gradstats.collect.segments import Segment, cut, join
+from gradstats.collect.segments import Segment, cut
 
 #: Nodes on whose batching nothing is lost: in thin matrix products and elementwise operations the gradients of several
 #: tasks are one larger tensor. Convolutions, attention and normalisations run faster task by task.
@@ -33,11 +33,13 @@ class Linear:
     """A linear layer that alone uses a leaf.
 
     Attributes:
-        use: Where it does.
+        leaf: The leaf.
+        use: Where the layer uses it.
         rows: The way from the cotangents of its output to rows ``[N, o]``.
         inputs: What it multiplies, ``[N, k]``.
     """
 
+    leaf: Node
     use: Use
     rows: Rows
     inputs: Tensor
@@ -68,21 +70,34 @@ class Survey:
     ) -> None:
         self._graph = graph
         self._uses = uses(graph.children)
+        self._beside = {node for found in self._uses.values() for use in found for node in use.path}
         nodes = [edge_of(tensor)[0] for tensor in inputs]
         self._labels = dict(zip(nodes, names or (), strict=False))
+        self.segments = cut(graph, targets)
+        segment_of = {node: segment for segment in self.segments for node in segment.nodes}
         self.linear: dict[Node, Linear] = {}
         for leaf in nodes:
-            layer = _linear_layer(graph.leaves[leaf], self._uses.get(leaf, [])) if leaf in graph.leaves else None
-            if layer is not None:
+            layer = self._linear_layer(leaf) if leaf in graph.leaves else None
+            # Taken where its layer is passed, which is where it would be formed.
+            if layer and all(leaf in segment_of[node].leaves for node in (layer.use.node, *layer.use.path)):
                 self.linear[leaf] = layer
-        self.segments = cut(graph, targets)
         self.facts = self._measure()
 
-    def avoid(self, ends: Collection[int], factored: Collection[Node]) -> None:
-        """Join the segments ``ends`` with the next ones, and let no gradient of ``factored`` stay so."""
-        self.linear = {leaf: layer for leaf, layer in self.linear.items() if leaf not in factored}
-        self.segments = join(self._graph, self.segments, [i not in ends for i in range(len(self.segments))])
+    def form(self, leaves: Iterable[Node]) -> None:
+        """Let the gradients of ``leaves`` not stay factored."""
+        for leaf in leaves:
+            del self.linear[leaf]
         self.facts = self._measure()
+
+    def _linear_layer(self, leaf: Node) -> Linear | None:
+        """The linear layer that is the only use of ``leaf``."""
+        tensor, found = self._graph.leaves[leaf], self._uses.get(leaf, [])
+        if len(found) != 1 or tensor.ndim < 2 or not tensor.numel():
+            return None
+        rows = found[0].rows(tensor)
+        if rows is None or not rows.outer or rows.left is None or rows.left.ndim != 2 or not rows.left.numel():
+            return None
+        return Linear(leaf, found[0], rows, rows.left.detach())
 
     def _measure(self) -> list[SegmentFacts]:
         graph = self._graph
@@ -94,11 +109,16 @@ class Survey:
                 batches_well=i > 0 and all(node.name() in _BATCH_WELL for node in segment.nodes),
                 bytes_in=sum(map(_bytes, entering[i])),
                 bytes_out=sum(map(_bytes, segment.outs)),
-                widest=max(map(_bytes, _edges_into(segment)), default=0),
+                widest=max(map(_bytes, self._edges_within(segment)), default=0),
                 leaves=tuple(map(self._leaf_facts, segment.leaves)),
             )
             for i, segment in enumerate(self.segments)
         ]
+
+    def _edges_within(self, segment: Segment) -> list[Edge]:
+        """Where gradients flow in a segment besides those of leaves."""
+        nodes: list[Any] = [node for node in segment.nodes if node not in self._beside]
+        return [(node, slot) for node in nodes for slot in range(len(node._input_metadata))]
 
     def _leaf_facts(self, node: Node) -> LeafFacts:
         leaf, found = self._graph.leaves[node], self._uses.get(node, [])
@@ -106,17 +126,12 @@ class Survey:
         # layer puts out; anything else in one for each of its entries.
         rows = 1
         if leaf.ndim >= 2 and found and found[0].node.name() != "EmbeddingBackward0":
-            rows = max(1, sum(_numel((use.node, 0)) for use in found) // leaf.shape[0])
+            rows = max(1, sum(_numel((use.node, 0)) for use in found) // max(1, leaf.shape[0]))
         factors = None
         if node in self.linear:
             num_rows, fan_in = self.linear[node].inputs.shape
             factors = (num_rows, fan_in, leaf.numel() // fan_in)
         return LeafFacts(self._labels.get(node, ""), leaf.numel(), leaf.element_size(), rows * leaf.numel(), factors)
-
-
-def _edges_into(segment: Segment) -> list[Edge]:
-    nodes: Sequence[Any] = segment.nodes
-    return [(node, slot) for node in nodes for slot in range(len(node._input_metadata))]
 
 
 def _entering(graph: Graph, segments: Sequence[Segment]) -> list[set[Edge]]:
@@ -127,16 +142,6 @@ def _entering(graph: Graph, segments: Sequence[Segment]) -> list[set[Edge]]:
         if edge[0] in segment_of:
             entering[segment_of[edge[0]]].add(edge)
     return entering
-
-
-def _linear_layer(leaf: Tensor, found: Sequence[Use]) -> Linear | None:
-    """The linear layer that is the only use of ``leaf``."""
-    if len(found) != 1 or leaf.ndim < 2:
-        return None
-    rows = found[0].rows(leaf)
-    if rows is None or not rows.outer or rows.left is None or rows.left.ndim != 2 or not rows.left.numel():
-        return None
-    return Linear(found[0], rows, rows.left)
 
 
 def _numel(edge: Edge) -> int:

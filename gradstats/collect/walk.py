@@ -10,7 +10,6 @@ takes the place of the tasks' rows.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import warnings
@@ -24,11 +23,11 @@ from torch.autograd.graph import Node
 
 from gradstats import ops
 from gradstats.collect.fold import Fold
-from gradstats.collect.graph import Edge, edge_of, pull, zero_gradient
+from gradstats.collect.graph import Edge, cross, edge_of, pull, zero_gradient
 from gradstats.collect.job import Job
 from gradstats.collect.plan import Plan, Step, make_plan
 from gradstats.collect.segments import Segment, join
-from gradstats.collect.survey import Survey
+from gradstats.collect.survey import Linear, Survey
 
 _log = logging.getLogger(__name__)
 
@@ -50,15 +49,15 @@ def route(job: Job, *, batched: bool | None, max_bytes: int | None = None) -> tu
     make = functools.partial(make_plan, batched=batched, may_factor=not job.needs_gradients, max_bytes=max_bytes)
     here = Survey(job.graph, job.targets, job.inputs, job.names)
     plan = make(here.facts)
-    # Where a hook of the user changes the gradients of a tensor, they must not be taken: a gradient passes the hook
-    # when it is taken out at the end of a segment and again when it is put back, and not at all amid a segment.
-    hooked_ends, hooked_layers = _hooked_ends(here, plan), _hooked_layers(here, plan)
-    if hooked_ends or hooked_layers:
-        here.avoid(hooked_ends, hooked_layers)
+    factored = [leaf for step, segments in _by_step(here, plan) for leaf in _factored(step, segments)]
+    hooked = [leaf for leaf in factored if _is_hooked(here.linear[leaf])]
+    if hooked:
+        here.form(hooked)
         plan = make(here.facts)
     return here, plan
 
 
+@torch.no_grad()
 def collect_walking(
     job: Job, *, batched: bool | None, max_bytes: int | None = None, retain_graph: bool
 ) -> tuple[Fold, dict[Tensor, Tensor] | None, str]:
@@ -83,22 +82,6 @@ def collect_walking(
     return walk.fold, weighted, "batched" if walk.all_batched else "blockwise"
 
 
-def _hooked_ends(here: Survey, plan: Plan) -> set[int]:
-    """The segments whose end the plan uses and a hook forbids."""
-    hooked, last = set(), -1
-    for step, segments in list(_by_step(here, plan))[:-1]:
-        last += step.segments
-        if any(_is_hooked(edge) for segment in segments for edge in segment.outs):
-            hooked.add(last)
-    return hooked
-
-
-def _hooked_layers(here: Survey, plan: Plan) -> set[Node]:
-    """The leaves that the plan keeps factored and a hook on their layer's output forbids."""
-    factored = [leaf for step, segments in _by_step(here, plan) for leaf in _factored(step, segments)]
-    return {leaf for leaf in factored if _is_hooked(here.linear[leaf].output)}
-
-
 def _by_step(here: Survey, plan: Plan) -> Iterator[tuple[Step, list[Segment]]]:
     """Each step with the segments that it joins."""
     first = 0
@@ -117,13 +100,26 @@ def _factored(step: Step, segments: Iterable[Segment]) -> list[Node]:
     return [leaves[k] for k in sorted(step.factored)]
 
 
-def _is_hooked(edge: Edge) -> bool:
-    probe = zero_gradient(edge)
-    try:
-        (seen,) = pull([edge], [probe], [edge], retain_graph=True)
-    except Exception:  # a hook that writes into what it is given
-        return True
-    return seen is not probe
+def _is_hooked(layer: Linear) -> bool:
+    """Whether a hook of the user changes a gradient on its way from the output of ``layer`` to the weight.
+
+    What is asked for amid a segment is seen before it passes the hooks there; those of a weight would be left out.
+    """
+    ways = [([layer.output], [layer.output])]
+    if layer.use.path:
+        ways.append(([(layer.use.path[0], 0)], [(layer.leaf, 0)]))
+    else:
+        ways.append(([(layer.leaf, 0)], [(layer.leaf, 0)]))
+    for edges, targets in ways:
+        probe = zero_gradient(edges[0])
+        try:
+            (seen,) = pull(edges, [probe], targets, retain_graph=True)
+        except Exception:  # a hook that writes into what it is given
+            return True
+        # What only rearranges hands the same memory on.
+        if seen is None or seen.data_ptr() != probe.data_ptr():
+            return True
+    return False
 
 
 @dataclass
@@ -154,7 +150,8 @@ class _Stage:
         factored: The leaves whose gradients are not formed.
         activations: Inputs that are made in this segment.
         sums: Whether one weighted row stands for all tasks, as no input lies below.
-        waiting: The rows at the edges into the segment.
+        losses: The rows at losses that lie within.
+        waiting: The rows taken at the edges into the segment.
     """
 
     segment: Segment
@@ -163,7 +160,13 @@ class _Stage:
     factored: list[Node]
     activations: list[Edge]
     sums: bool
+    losses: dict[Edge, Rows] = field(default_factory=dict)
     waiting: dict[Edge, Rows] = field(default_factory=dict)
+
+    @property
+    def entering(self) -> list[Rows]:
+        """The rows that enter the segment, those that wait and then those at losses."""
+        return [*self.waiting.values(), *self.losses.values()]
 
 
 class _Walk:
@@ -204,10 +207,20 @@ class _Walk:
         for task, (edge, loss) in enumerate(zip(self._graph.roots, self._job.losses, strict=True)):
             rows: Rows = [None] * len(self._job.losses)
             rows[task] = torch.ones_like(loss)
-            self._hand_on(edge, rows)
+            self._start(edge, rows, task)
         for stage in self._stages:
-            if stage.waiting:
+            if stage.waiting or stage.losses:
                 self._pass(stage, retain_graph)
+        self._fold_leaves(self._leaf_rows)  # those that no segment uses: they are losses
+
+    def _start(self, edge: Edge, rows: Rows, task: int) -> None:
+        """Let the backward of a loss start; it may reach nothing that is asked for."""
+        stage = self._stage_of.get(edge[0])
+        if stage is not None:
+            rows = self._for_stage(stage, rows)
+            stage.losses[edge] = _added(stage.losses.get(edge), rows)
+        elif edge[0] in self._job.targets:
+            self._take(_Target(edge, 1 << task, edge[0], rows), task, rows[task])
 
     def weighted_leaves(self) -> dict[Tensor, Tensor]:
         """The weighted gradient of each leaf."""
@@ -216,13 +229,12 @@ class _Walk:
 
     def _hand_on(self, edge: Edge, rows: Rows) -> None:
         """Let the rows wait for the segment below, added to those that wait there already."""
-        stage = self._stage_of.get(edge[0])
-        # A loss may reach nothing that is asked for, and a custom backward may return nothing.
-        if stage is None or not _present(rows):
-            return
-        if stage.sums and len(rows) > 1:
-            rows = [self._combined(rows)]
-        stage.waiting[edge] = _added(stage.waiting.get(edge), rows)
+        if _present(rows):  # a custom backward may return nothing
+            stage = self._stage_of[edge[0]]
+            stage.waiting[edge] = _added(stage.waiting.get(edge), self._for_stage(stage, rows))
+
+    def _for_stage(self, stage: _Stage, rows: Rows) -> Rows:
+        return [self._combined(rows)] if stage.sums and len(rows) > 1 else rows
 
     # ---- one segment -----------------------------------------------------------------------------------------------
 
@@ -233,11 +245,12 @@ class _Walk:
             keep = retain_graph or not is_last
             if not (stage.batched and self._try_batched(stage, targets, keep)):
                 self._pull_by_task(stage, targets, keep)
-                self.all_batched = self.all_batched and stage is self._stages[0]
-            self._fold_leaves(stage, leaves)
+                self.all_batched = self.all_batched and not self._graph.is_shared(stage.segment.nodes[-1])
+            # A leaf whose own edge is asked for is used by no lower segment.
+            self._fold_leaves([target.leaf for target in targets if target.leaf is target.edge[0]])
             if is_last:
+                self._settle_rest(stage, {target.edge: target.rows for target in targets})
                 stage.waiting.clear()
-                self._settle_rest(stage, {target.edge: target for target in targets})
 
     def _targets(self, stage: _Stage, leaves: Iterable[Node], *, with_rest: bool) -> list[_Target]:
         """What to ask of a pass: the gradients of ``leaves``, and with the last pass of a segment the rest."""
@@ -255,41 +268,35 @@ class _Walk:
         ]
 
     def _pull_by_task(self, stage: _Stage, targets: Sequence[_Target], keep: bool) -> None:
-        above = stage.waiting
-        tasks = sorted({task for rows in above.values() for task in _present(rows)})
+        tasks = sorted({task for rows in stage.entering for task in _present(rows)})
         for task in tasks:
-            entering = {edge: row for edge, rows in above.items() if (row := rows[task]) is not None}
+            entering = self._below(stage, [rows[task] for rows in stage.entering])
             wanted = [target for target in targets if target.tasks >> task & 1]
-            if not wanted:
+            if not (entering and wanted):
                 continue
-            grads = pull(
-                list(entering),
-                list(entering.values()),
-                [target.edge for target in wanted],
-                retain_graph=keep or task != tasks[-1],
-            )
+            edges = [target.edge for target in wanted]
+            grads = pull([*entering], [*entering.values()], edges, retain_graph=keep or task != tasks[-1])
             for target, grad in zip(wanted, grads, strict=True):
-                if grad is not None:
-                    self._take(target, task, grad)
+                self._take(target, task, grad)
 
     def _try_batched(self, stage: _Stage, targets: Sequence[_Target], keep: bool) -> bool:
         """Pass all tasks at once; whether that was possible."""
-        above = stage.waiting
-        tasks = [
-            task for task in range(len(self._job.losses)) if any(rows[task] is not None for rows in above.values())
-        ]
-        if any(rows[task] is None for rows in above.values() for task in tasks):
+        tasks = _present(stage.entering[0])
+        if any(_present(rows) != tasks for rows in stage.entering):
             return False
         found: list[_Target] = []
 
         def pull_all(*rows: Tensor) -> tuple[Tensor, ...]:
-            grads = pull(list(above), rows, [target.edge for target in targets], retain_graph=True)
+            entering = self._below(stage, rows)
+            edges = [target.edge for target in targets]
+            # Kept for a second try, task by task, after which it is freed; or with the losses.
+            grads = pull([*entering], [*entering.values()], edges, retain_graph=keep or not self._must_batch)
             found.extend(target for target, grad in zip(targets, grads, strict=True) if grad is not None)
             return tuple(grad for grad in grads if grad is not None)
 
         try:
             # "same": what a backward draws at random (a recomputed dropout mask, say) is one draw for all tasks.
-            blocks = torch.vmap(pull_all, randomness="same")(*(_stacked(rows, tasks) for rows in above.values()))
+            blocks = torch.vmap(pull_all, randomness="same")(*(_stacked(rows, tasks) for rows in stage.entering))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -303,14 +310,23 @@ class _Walk:
             else:
                 for task, row in zip(tasks, block, strict=True):
                     self._take(target, task, row)
-        if not keep:
-            _free(list(above), [target.edge for target in targets])
         return True
+
+    def _below(self, stage: _Stage, rows: Iterable[Tensor | None]) -> dict[Edge, Tensor]:
+        """The gradients to start a pass from, one row of each of ``stage.entering``."""
+        given = zip((*stage.waiting, *stage.losses), rows, strict=True)
+        present = {edge: row for edge, row in given if row is not None}
+        crossed = cross(self._graph, {edge: row for edge, row in present.items() if edge not in stage.losses})
+        entering = {edge: row for edge, row in crossed.items() if edge[0] in self._stage_of}
+        entering.update((edge, row) for edge, row in present.items() if edge in stage.losses)
+        return entering
 
     # ---- what a pass has found -------------------------------------------------------------------------------------
 
-    def _take(self, target: _Target, task: int, grad: Tensor) -> None:
+    def _take(self, target: _Target, task: int, grad: Tensor | None) -> None:
         leaf = target.leaf
+        if grad is None:
+            return
         if leaf is None:
             assert isinstance(target.rows, list)
             target.rows[task] = grad
@@ -332,23 +348,21 @@ class _Walk:
         else:
             self.fold.add_row(k, task, grad)
 
-    def _fold_leaves(self, stage: _Stage, leaves: Iterable[Node]) -> None:
-        """Fold in the leaves that no lower segment uses."""
-        finished = {leaf: self._leaf_rows.pop(leaf) for leaf in leaves if self._is_finished(stage, leaf)}
-        if finished:
-            rows = [[rows[task] for rows in finished.values()] for task in range(len(self._job.losses))]
-            self.fold.add_rows([self._inputs[leaf, 0] for leaf in finished], rows)
+    def _fold_leaves(self, leaves: Iterable[Node | None]) -> None:
+        """Fold in what has been found of ``leaves``."""
+        found = {leaf: rows for leaf in list(leaves) if leaf and (rows := self._leaf_rows.pop(leaf, None))}
+        if found:
+            by_task = [[rows[task] for rows in found.values()] for task in range(len(self._job.losses))]
+            self.fold.add_rows([self._inputs[leaf, 0] for leaf in found], by_task)
 
-    def _is_finished(self, stage: _Stage, leaf: Node) -> bool:
-        return leaf in self._leaf_rows and any(node is leaf for node, _ in stage.segment.leaves[leaf])
-
-    def _settle_rest(self, stage: _Stage, found: Mapping[Edge, _Target]) -> None:
+    def _settle_rest(self, stage: _Stage, found: Mapping[Edge, Rows]) -> None:
         for leaf in stage.factored:
-            self._fold_factored(leaf, found[self._linear[leaf].output].rows)
+            self._fold_factored(leaf, found[self._linear[leaf].output])
         for edge in stage.activations:
-            self.fold.add_rows([self._inputs[edge]], [[row] for row in found[edge].rows])
+            rows = _added(stage.waiting.get(edge), found[edge])
+            self.fold.add_rows([self._inputs[edge]], [[row] for row in rows])
         for edge in stage.segment.outs:
-            self._hand_on(edge, found[edge].rows)
+            self._hand_on(edge, found[edge])
 
     # ---- linear layers whose weight gradients are not formed -------------------------------------------------------
 
@@ -364,7 +378,9 @@ class _Walk:
         right = layer.rows.right(_stacked(rows, tasks))
         wide = torch.promote_types(right.dtype, torch.float32)
         triangle = torch.linalg.qr(layer.inputs.double().mT, mode="r").R.to(wide)
-        gram = ops.gram([triangle @ right.to(wide)], len(tasks), [], stacked=True)
+        # Not ``triangle @ right``, which copies to fold the tasks into one product.
+        reduced = torch.bmm(triangle.expand(len(tasks), -1, -1), right.to(wide))
+        gram = ops.gram([reduced], len(tasks), [], stacked=True)
         self.fold.add_gram(self._inputs[leaf, 0], gram, tasks)
         if self._job.weights is not None:
             summed = torch.tensordot(self._job.weights[tasks].to(wide), right.to(wide), 1)
@@ -421,16 +437,6 @@ def _added(present: Rows | None, rows: Rows) -> Rows:
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
-
-
-def _free(edges: Sequence[Edge], targets: Sequence[Edge]) -> None:
-    """Free what the graph has saved from ``edges`` down to ``targets``, by a backward that computes nothing."""
-    cotangents = [zero_gradient(edge) for edge in edges]
-    # A user's hook may not expect that there is no gradient. What is then not freed here goes with the losses.
-    with contextlib.ExitStack() as hooks, contextlib.suppress(Exception):
-        for node in {node for node, _ in edges}:
-            hooks.callback(node.register_prehook(lambda grads: (None,) * len(grads)).remove)
-        pull(edges, cotangents, targets, retain_graph=False)
 
 
 @functools.cache
