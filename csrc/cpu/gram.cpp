@@ -20,14 +20,9 @@
 namespace gradstats {
 namespace {
 
-// Entries of each row that are converted and multiplied at a time.
-constexpr int64_t kChunk = 128;
-// Distance of two rows in the scratch block: a line more, so that they do not meet in the same cache sets.
-constexpr int64_t kStride = kChunk + 8;
-// How far ahead the cache lines of each row are asked for, as measured: far, because some tiles of a chunk only
-// multiply and the memory must stay busy meanwhile. float64 does best with a single chunk.
-template <class In>
-constexpr int64_t kPrefetchBytes = sizeof(In) == 8 ? 1024 : 3072;
+// How far ahead of its use memory is asked for, as measured.
+template <class In, bool kSingleTile>
+constexpr int64_t kPrefetchBytes = sizeof(In) == 8 ? 1024 : kSingleTile ? 3072 : 2048;
 
 struct Problem {
   std::vector<Walk> walks;
@@ -67,9 +62,15 @@ template <class T, int N>
 using Vector [[gnu::vector_size(N * sizeof(T))]] = T;
 
 namespace portable {
-constexpr int kLanes = 2, kTile = 3;
-inline Vector<double, 2> widen(Vector<float, 2> v) { return __builtin_convertvector(v, Vector<double, 2>); }
+constexpr int kVectorBytes = 16, kTile = 3;
 inline Vector<uint32_t, 2> widen(Vector<uint16_t, 2> v) { return __builtin_convertvector(v, Vector<uint32_t, 2>); }
+inline Vector<uint32_t, 4> widen(Vector<uint16_t, 4> v) { return __builtin_convertvector(v, Vector<uint32_t, 4>); }
+inline Vector<double, 2> widen(Vector<float, 2> v) { return __builtin_convertvector(v, Vector<double, 2>); }
+template <int kSide>
+Vector<float, 2> half(Vector<float, 4> v) {
+  return Vector<float, 2>{v[2 * kSide], v[2 * kSide + 1]};
+}
+inline float total(Vector<float, 2> v) { return v[0] + v[1]; }
 #include "gram_kernel.h"
 }  // namespace portable
 
@@ -80,11 +81,19 @@ using SlotFn = void (*)(const Problem&, int64_t, int64_t, double*);
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
-constexpr int kLanes = 4, kTile = 3;
-inline Vector<double, 4> widen(Vector<float, 4> v) { return _mm256_cvtps_pd(v); }
+constexpr int kVectorBytes = 32, kTile = 3;
 inline Vector<uint32_t, 4> widen(Vector<uint16_t, 4> v) {
   return (Vector<uint32_t, 4>)_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&v)));
 }
+inline Vector<uint32_t, 8> widen(Vector<uint16_t, 8> v) {
+  return (Vector<uint32_t, 8>)_mm256_cvtepu16_epi32((__m128i)v);
+}
+inline Vector<double, 4> widen(Vector<float, 4> v) { return _mm256_cvtps_pd(v); }
+template <int kSide>
+Vector<float, 4> half(Vector<float, 8> v) {
+  return _mm256_extractf128_ps(v, kSide);
+}
+inline float total(Vector<float, 4> v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 #include "gram_kernel.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -92,11 +101,17 @@ inline Vector<uint32_t, 4> widen(Vector<uint16_t, 4> v) {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
 namespace avx512 {
-constexpr int kLanes = 8, kTile = 4;
-inline Vector<double, 8> widen(Vector<float, 8> v) { return _mm512_maskz_cvtps_pd(0xff, v); }
-inline Vector<uint32_t, 8> widen(Vector<uint16_t, 8> v) {
-  return (Vector<uint32_t, 8>)_mm256_cvtepu16_epi32((__m128i)v);
+constexpr int kVectorBytes = 64, kTile = 4;
+using avx2::widen;
+inline Vector<uint32_t, 16> widen(Vector<uint16_t, 16> v) {
+  return (Vector<uint32_t, 16>)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
 }
+inline Vector<double, 8> widen(Vector<float, 8> v) { return _mm512_maskz_cvtps_pd(0xff, v); }
+template <int kSide>
+Vector<float, 8> half(Vector<float, 16> v) {
+  return _mm512_maskz_extractf32x8_ps(0xff, v, kSide);
+}
+inline float total(Vector<float, 8> v) { return avx2::total(avx2::half<0>(v) + avx2::half<1>(v)); }
 #include "gram_kernel.h"
 }  // namespace avx512
 #pragma GCC pop_options
@@ -118,6 +133,9 @@ SlotFn choose_slot_fn() { return portable::gram_slot; }
 
 // ---- the operator ---------------------------------------------------------------------------------------------------
 
+// Ranges begin at multiples of it.
+constexpr int64_t kGrain = 256;
+
 // How many ranges the entries are cut into. A function of the sizes alone, so that any number of threads adds the
 // same numbers in the same order: enough ranges to feed many cores, each long enough to be worth a thread.
 int64_t num_slots(int64_t entries, int64_t num_tasks) {
@@ -137,7 +155,7 @@ Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> me
 
   const int64_t entries = problem.starts.back();
   const int64_t slots = num_slots(entries, num_tasks), num_pairs = num_tasks * (num_tasks + 1) / 2;
-  const int64_t slot_entries = (entries + slots * kChunk - 1) / (slots * kChunk) * kChunk;
+  const int64_t slot_entries = (entries + slots * kGrain - 1) / (slots * kGrain) * kGrain;
   std::vector<double> sums(slots * num_pairs);
   torch::stable::parallel_for(0, slots, 1, [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s)
