@@ -5,12 +5,15 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradstats
 from gradstats import GradStats, Scalarizer
 from gradstats.collect.driver import collect
+from gradstats.collect.sketch import _strata
 from gradstats.weighting import AutoScale
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +31,11 @@ class Heads(nn.Module):
 
     def losses(self, x: Tensor) -> dict[str, Tensor]:
         features = self.trunk(x)
-        return {f"t{i}": 10.0**i * (head(features) - i).square().mean() for i, head in enumerate(self.heads)}
+        target = torch.zeros(len(features))
+        return {
+            f"t{i}": 10.0**i * nn.functional.mse_loss(head(features).squeeze(1).float(), target + i)
+            for i, head in enumerate(self.heads)
+        }
 
 
 class Recurrent(nn.Module):
@@ -100,6 +107,7 @@ def test_unbiased_with_standard_errors_that_cover(kind):
     stated = torch.stack([draw.standard_error / unit for draw in draws])[:, upper[0], upper[1]]
     assert all(draw.method == "sketch" for draw in draws)
     assert all(torch.equal(draw.gram, draw.gram.T) for draw in draws)
+    assert not any(draw.gram.requires_grad or draw.standard_error.requires_grad for draw in draws)
     # Unbiased: the mean of 80 is off by no more than its own error makes likely, and that is small.
     assert float((errors.mean(0).abs() / (errors.std(0) / math.sqrt(80))).max()) < 4
     assert float(errors.mean(0).abs().max()) < 0.12
@@ -238,6 +246,20 @@ def test_autocast():
         exact = gradstats.from_losses(losses, model.trunk, retain_graph=True)
         mean = GradStats.mean(sketches(losses, model.trunk, 20))
     torch.testing.assert_close(mean.norms, exact.norms, rtol=0.12, atol=0)
+
+
+@given(
+    energies=st.lists(st.sampled_from([0.0, 1e-30, 0.1, 1.0, 50.0]), min_size=1, max_size=30),
+    directions=st.integers(8, 70),
+)
+def test_strata_hold_every_input_once_and_all_directions(energies, directions):
+    strata = _strata(range(len(energies)), energies, directions)
+    assert [k for members, _ in strata for k in members] == list(range(len(energies)))
+    assert sum(count for _, count in strata) == directions
+    assert min(count for _, count in strata) >= 8
+    for members, count in strata:  # no stratum is much poorer than what it holds
+        held = sum(energies[k] for k in members) / (sum(energies) or 1.0)
+        assert count / directions > held - 1.2 / (directions // 8)
 
 
 # ---- what it leaves behind -----------------------------------------------------------------------------------------
