@@ -1,6 +1,6 @@
 """Statistics of task gradients, and multi-task loss weights chosen from them."""
 
-from gradstats.collect import backward, from_losses, shared_parameters
+from gradstats.collect import backward, explain, from_losses, shared_parameters
 from gradstats.ops.backends import backends
 from gradstats.pairwise import pairwise
 from gradstats.scalarizer import Scalarizer
@@ -14,6 +14,7 @@ __all__ = [
     "__version__",
     "backends",
     "backward",
+    "explain",
     "from_losses",
     "pairwise",
     "shared_parameters",

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -16,24 +15,10 @@ import gradstats
 Losses = Mapping[str, Tensor]
 
 
-def _is_built(method: str) -> bool:
-    weight = torch.ones(1, requires_grad=True)
-    try:
-        gradstats.from_losses([(weight**2).sum()], [weight], method=method)
-    except NotImplementedError:
-        return False
-    return True
-
-
-def _methods(*names: str) -> list[object]:
-    """Parameters of tests; one that is not built yet is skipped."""
-    return [pytest.param(name, marks=pytest.mark.skipif(not _is_built(name), reason="not built yet")) for name in names]
-
-
 #: The exact methods that see any graph; "engine", which needs leaves and runs hooks there, is for hidden parameters.
-METHODS = _methods("auto", "batched", "blockwise", "sequential")
+METHODS = ["auto", "batched", "blockwise", "sequential"]
 #: Those that take whatever a plain backward takes; "batched" may refuse, saying so.
-SURE_METHODS = _methods("auto", "blockwise", "sequential")
+SURE_METHODS = ["auto", "blockwise", "sequential"]
 
 
 def gradients(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:

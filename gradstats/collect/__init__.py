@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from gradstats.collect import arguments as args
+from gradstats.collect import driver
 from gradstats.collect.arguments import GroupBy, Inputs, Losses, Metric, Weights
 from gradstats.collect.driver import collect, signature
 from gradstats.collect.graph import Graph
+from gradstats.collect.plan import Plan
 from gradstats.stats import GradStats
 
-__all__ = ["backward", "collect", "from_losses", "shared_parameters", "signature"]
+__all__ = ["Plan", "backward", "collect", "explain", "from_losses", "shared_parameters", "signature"]
 
 
 def from_losses(
@@ -184,6 +186,48 @@ def backward(
         num_directions=num_directions,
         seed=seed,
         retain_graph=retain_graph,
+    )
+
+
+def explain(
+    losses: Losses,
+    inputs: Inputs = None,
+    *,
+    method: str = "auto",
+    weights: Weights | None = None,
+    metric: Metric | None = None,
+    max_bytes: int | None = None,
+) -> Plan:
+    """The plan that :func:`from_losses` would follow, or with ``weights`` :func:`backward`; nothing is computed.
+
+    ``print(gradstats.explain(losses))`` shows it as a table: the segments from the losses downwards, whether all tasks
+    pass them at once, the leaves whose gradients are taken there, and the predicted bytes and operations.
+
+    Args:
+        losses: As for :func:`from_losses`.
+        inputs: As for :func:`from_losses`.
+        method: "auto", "batched" or "blockwise".
+        weights: As for :func:`backward`; their values do not matter.
+        metric: As for :func:`from_losses`.
+        max_bytes: As for :func:`from_losses`.
+
+    Returns:
+        The plan, with ``steps``, ``bytes`` and ``operations``.
+
+    Raises:
+        TypeError: As :func:`from_losses`.
+        ValueError: As :func:`from_losses`, or if ``method`` is another one.
+    """
+    names, tensors = args.normal_losses(losses)
+    present = args.present_losses(names, tensors)
+    w = None if weights is None else args.normal_weights(weights, names, next(iter(present.values())).device)
+    return driver.explain(
+        list(present.values()),
+        inputs,
+        method=method,
+        weights=None if w is None else w[list(present)],
+        metric=metric,
+        max_bytes=max_bytes,
     )
 
 

@@ -18,12 +18,15 @@ from gradstats.collect.engine import collect_with_engine
 from gradstats.collect.fold import Fold, Reduce, is_dtensor
 from gradstats.collect.graph import Graph
 from gradstats.collect.job import Job
+from gradstats.collect.plan import Plan
 from gradstats.collect.sequential import collect_sequentially
 from gradstats.collect.sketch import collect_sketch
-from gradstats.collect.walk import collect_walking
+from gradstats.collect.walk import collect_walking, route
 from gradstats.stats import GradStats, root_sum_of_squares
 
 _METHODS = ("auto", "batched", "blockwise", "sequential", "engine", "sketch")
+#: The methods that pass segments, and whether with all tasks at once; None lets the plan choose.
+_BATCHED = {"auto": None, "batched": True, "blockwise": False}
 
 #: A Gramian, the weighted gradient of each leaf where the same backward has given it, and the method used.
 Collected: TypeAlias = tuple[Fold, dict[Tensor, Tensor] | None, str]
@@ -82,18 +85,7 @@ def collect(
     device = next(iter(present.values())).device
     owners = None if owner is None else task_positions(owner, len(names), list(present), device)
     w = None if weights is None else args.normal_weights(weights, names, device)[list(present)]
-    graph = Graph(list(present.values()))
-    if inputs is None and graph.hides_parameters:
-        raise ValueError(
-            "inputs: the graph holds reentrant activation checkpoints or FSDP2 modules, whose parameters it does not "
-            "show; pass the model"
-        )
-    named = args.normal_inputs(inputs, graph)
-    groups, diagonal = args.group_names(group_by, named), args.metric_operand(metric, named)
-    new_fold = functools.partial(Fold, len(present), named.tensors, groups, diagonal, device, reduce)
-    # Absent tasks take no part: only the finished Gramian has rows for them.
-    needs_gradients = bool(diagonal) or reduce is not None
-    job = Job(list(present.values()), named.tensors, graph, new_fold, w, named.names, needs_gradients)
+    job = _make_job(list(present.values()), inputs, w, group_by, metric, reduce)
 
     # In a user's autocast region the products below must not be rounded.
     with torch.autocast(device.type, enabled=False):
@@ -114,6 +106,48 @@ def collect(
         standard_error=root_sum_of_squares(list(errors.values())),
         groups={} if group_by is None else by_group,
     )
+
+
+def explain(
+    losses: Sequence[Tensor],
+    inputs: Inputs = None,
+    *,
+    method: str = "auto",
+    weights: Tensor | None = None,
+    metric: Metric | None = None,
+    max_bytes: int | None = None,
+) -> Plan:
+    """The plan that :func:`collect` would follow for losses that are all present."""
+    check_method(method)
+    if method not in _BATCHED:
+        raise ValueError(
+            f"method: expected one of {', '.join(map(repr, _BATCHED))}, which follow a plan, got {method!r}"
+        )
+    job = _make_job(losses, inputs, weights, None, metric, None)
+    _check_visible(job)
+    return route(job, batched=_BATCHED[method], max_bytes=max_bytes)[1]
+
+
+def _make_job(
+    losses: Sequence[Tensor],
+    inputs: Inputs,
+    weights: Tensor | None,
+    group_by: GroupBy | None,
+    metric: Metric | None,
+    reduce: Reduce | None,
+) -> Job:
+    """Absent tasks take no part: only the finished Gramian has rows for them."""
+    graph = Graph(losses)
+    if inputs is None and graph.hides_parameters:
+        raise ValueError(
+            "inputs: the graph holds reentrant activation checkpoints or FSDP2 modules, whose parameters it does not "
+            "show; pass the model"
+        )
+    named = args.normal_inputs(inputs, graph)
+    groups, diagonal = args.group_names(group_by, named), args.metric_operand(metric, named)
+    new_fold = functools.partial(Fold, len(losses), named.tensors, groups, diagonal, losses[0].device, reduce)
+    needs_gradients = bool(diagonal) or reduce is not None
+    return Job(list(losses), named.tensors, graph, new_fold, weights, named.names, needs_gradients)
 
 
 def signature(names: Sequence[str], losses: Sequence[Tensor | None], inputs: Inputs = None) -> int:
@@ -197,9 +231,10 @@ def _collect_by(
     if job.weights is not None and any(leaf._backward_hooks for leaf in job.graph.leaves.values()):
         # A user's hook on a leaf would run twice: on the rows, and where the weighted sum is accumulated.
         job, retain_graph = job.without_weights(), True
-    batched = {"auto": None, "blockwise": False, "batched": True}[method]
     try:
-        fold, grads, used = collect_walking(job, batched=batched, max_bytes=max_bytes, retain_graph=retain_graph)
+        fold, grads, used = collect_walking(
+            job, batched=_BATCHED[method], max_bytes=max_bytes, retain_graph=retain_graph
+        )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

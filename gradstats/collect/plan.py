@@ -130,6 +130,32 @@ class Plan:
         """Predicted multiply-adds in weighted layers and in products of their gradients."""
         return sum(step.operations for step in self.steps)
 
+    def __str__(self) -> str:
+        """A table with a line for each step."""
+        lines = [f"{'tasks':>5}  {'passed':<12} {'nodes':>5}  {'MiB':>8}  {'10^6 op.':>9}  leaves (* not formed)"]
+        for step in self.steps:
+            passed = (
+                "all at once"
+                if step.batched
+                else "one by one"
+                if len(step.passes) == 1
+                else f"{len(step.passes)} times"
+            )
+            lines.append(
+                f"{step.facts.tasks:>5}  {passed:<12} {step.facts.nodes:>5}  {step.bytes / 2**20:>8.1f}  "
+                f"{step.operations / 1e6:>9.0f}  {_shortened([_label(step, k) for k in range(len(step.facts.leaves))])}"
+            )
+        return "\n".join([*lines, f"peak {self.bytes / 2**20:.1f} MiB, {self.operations / 1e6:.0f}e6 operations"])
+
+
+def _label(step: Step, k: int) -> str:
+    leaf = step.facts.leaves[k]
+    return (leaf.name or f"[{leaf.numel}]") + ("*" if k in step.factored else "")
+
+
+def _shortened(labels: Sequence[str], most: int = 6) -> str:
+    return ", ".join(labels[:most]) + (f", and {len(labels) - most} more" if len(labels) > most else "")
+
 
 def make_plan(
     segments: Sequence[SegmentFacts],

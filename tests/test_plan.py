@@ -1,0 +1,171 @@
+"""The cost model of a collection, a pure function of sizes, and how it shows in a collection."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import Heads, assert_gram, plain_gram
+from torch import nn
+
+import gradstats
+from gradstats.collect.plan import LeafFacts, Plan, SegmentFacts, make_plan
+
+MIB = 2**20
+
+
+def layer(rows: int, fan_in: int, fan_out: int) -> LeafFacts:
+    return LeafFacts("w", fan_in * fan_out, 4, rows * fan_in * fan_out, (rows, fan_in, fan_out))
+
+
+def segment(*leaves: LeafFacts, tasks: int = 8, width: int = 1 << 18, **changes: object) -> SegmentFacts:
+    facts = SegmentFacts(tasks, 3, True, width, width, width, leaves)
+    return dataclasses.replace(facts, **changes)
+
+
+HEADS = segment(tasks=1, batches_well=False)
+
+
+@pytest.mark.parametrize(
+    ("facts", "batched"),
+    [
+        (segment(), True),
+        (segment(width=4 * MIB), False),
+        (segment(batches_well=False), False),
+        (segment(tasks=1), False),
+    ],
+)
+def test_thin_segments_are_batched_and_wide_ones_are_not(facts: SegmentFacts, batched: bool) -> None:
+    assert make_plan([HEADS, facts]).steps[1].batched == batched
+    for choice in (True, False):
+        assert {step.batched for step in make_plan([HEADS, facts], batched=choice).steps} == {choice}
+
+
+@pytest.mark.parametrize(
+    ("rows", "tasks", "factored"),
+    [(64, 32, True), (64, 8, True), (1024, 32, False), (2048, 32, False), (1000, 2, False), (1, 2, True)],
+)
+def test_a_linear_layer_stays_factored_where_that_is_less_work(rows: int, tasks: int, factored: bool) -> None:
+    facts = [HEADS, segment(layer(rows, 1024, 1024), tasks=tasks)]
+    plan = make_plan(facts)
+    assert plan.steps[1].factored == (frozenset({0}) if factored else frozenset())
+    formed = make_plan(facts, may_factor=False)
+    assert formed.steps[1].factored == frozenset()
+    assert plan.operations <= formed.operations
+    assert plan.bytes <= formed.bytes
+
+
+def test_what_is_no_linear_layer_is_formed() -> None:
+    assert make_plan([segment(LeafFacts("norm", 64, 4, 64))]).steps[0].factored == frozenset()
+
+
+def test_segments_are_joined_while_that_needs_no_more_memory() -> None:
+    small, large = segment(LeafFacts("b", 100, 4, 100), width=1000), segment(LeafFacts("w", 10**6, 4, 10**9))
+    plan = make_plan([HEADS, small, small, large, small, small])
+    assert len(plan.steps) < 6
+    assert plan.bytes <= max(make_plan([large]).bytes, MIB)
+    assert [step.segments for step in make_plan([HEADS, large, large, large]).steps] == [1, 1, 1, 1]
+
+
+facts = st.builds(
+    segment,
+    st.builds(layer, st.integers(1, 3000), st.integers(1, 2000), st.integers(1, 2000)),
+    st.builds(LeafFacts, st.just("b"), st.integers(1, 10**6), st.sampled_from([2, 4, 8]), st.integers(1, 10**9)),
+    tasks=st.integers(1, 40),
+    width=st.integers(1, 10**7),
+    batches_well=st.booleans(),
+)
+
+
+@given(st.lists(facts, min_size=1, max_size=8), st.integers(1, 10**9))
+def test_a_plan_passes_every_leaf_once_within_its_budget(segments: list[SegmentFacts], max_bytes: int) -> None:
+    free = make_plan(segments)
+    for plan in (free, _within(segments, max_bytes)):
+        if plan is None:
+            continue
+        assert sum(step.segments for step in plan.steps) == len(segments)
+        first = 0
+        for step in plan.steps:
+            parts = segments[first : first + step.segments]
+            first += step.segments
+            assert step.facts.leaves == tuple(leaf for part in parts for leaf in part.leaves)
+            formed = [k for group in step.passes for k in group]
+            assert sorted([*formed, *step.factored]) == list(range(len(step.facts.leaves)))
+        assert plan is free or plan.bytes <= max_bytes
+
+
+def _within(segments: list[SegmentFacts], max_bytes: int) -> Plan | None:
+    try:
+        return make_plan(segments, max_bytes=max_bytes)
+    except ValueError:
+        return None
+
+
+def test_a_tight_budget_costs_passes_not_memory() -> None:
+    leaves = [LeafFacts(f"w{i}", 10**6, 4, 10**8) for i in range(4)]
+    plan = make_plan([HEADS, segment(*leaves)])
+    assert len(plan.steps[1].passes) == 1
+    tight = make_plan([HEADS, segment(*leaves)], max_bytes=plan.bytes // 2)
+    assert len(tight.steps[1].passes) > 1
+    assert tight.operations > plan.operations
+    with pytest.raises(ValueError, match=r"max_bytes: the leanest plan needs about \d+ bytes, got 1000$"):
+        make_plan([HEADS, segment(*leaves)], max_bytes=1000)
+
+
+# ---- in a collection -------------------------------------------------------------------------------------------------
+
+
+def deep(tasks: int = 6) -> Heads:
+    layers = [part for _ in range(4) for part in (nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU())]
+    return Heads(nn.Sequential(*layers), 64, torch.randn(5, 64), tasks)
+
+
+def test_explain_shows_the_plan() -> None:
+    model = deep()
+    losses = model()
+    plan = gradstats.explain(losses, model.trunk)
+    text = str(plan)
+    assert "9.weight" in text
+    assert "0.weight" in text
+    assert f"peak {plan.bytes / MIB:.1f} MiB" in text
+    assert len(text.splitlines()) == len(plan.steps) + 2
+    assert not any(p.grad is not None for p in model.parameters())
+    # It has computed nothing, so the graph is whole; and a metric needs the gradients themselves.
+    gradstats.from_losses(losses, model.trunk, retain_graph=True)
+    metric = [torch.ones_like(p) for p in model.trunk.parameters()]
+    assert "*" not in str(gradstats.explain(losses, model.trunk, metric=metric)).partition("formed)")[2]
+    with pytest.raises(ValueError, match="method: expected one of 'auto', 'batched', 'blockwise', which follow a plan"):
+        gradstats.explain(losses, model.trunk, method="sequential")
+
+
+@pytest.mark.parametrize("method", ["auto", "batched", "blockwise"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_budget_changes_the_way_and_not_the_result(method: str, fused: bool) -> None:
+    model = deep()
+    losses = model()
+    params = list(model.trunk.parameters())
+    want = plain_gram(losses.values(), params)
+    grads = torch.autograd.grad(sum(losses.values()), params, retain_graph=True)
+    free = gradstats.explain(losses, params, method=method)
+    least = next(b for b in range(2000, free.bytes, 2000) if _fits(losses, params, method, b))
+    assert least < free.bytes
+    for budget in (least, (least + free.bytes) // 2):
+        options = {"method": method, "max_bytes": budget, "retain_graph": True}
+        model.zero_grad()
+        if fused:
+            stats = gradstats.backward(losses, torch.ones(len(losses)), params, **options)
+            torch.testing.assert_close([p.grad for p in params], list(grads))
+        else:
+            stats = gradstats.from_losses(losses, params, **options)
+        assert_gram(stats.gram, want)
+
+
+def _fits(losses: dict[str, torch.Tensor], params: list[nn.Parameter], method: str, budget: int) -> bool:
+    try:
+        gradstats.explain(losses, params, method=method, max_bytes=budget)
+    except ValueError:
+        return False
+    return True
