@@ -67,7 +67,7 @@ def from_losses(
               ``.grad`` put back afterwards; for FSDP2, whose parameters ``torch.autograd.grad`` cannot see;
             * ``"sketch"``: an unbiased estimate at a cost that does not grow with ``T``, from products ``J v`` with
               random directions; ``stats.standard_error`` says how good it is. Differentiates the backward once more.
-              One step is cheaper than the exact methods from about ``T = num_directions / 2`` on.
+              It pays from some tens of tasks on (benchmarks/sketch.py).
         owner: Where every task owns samples of its own (multi-domain training, packed sequences, one loss for each
             sample), whose they are: integers ``[B]`` for the samples, or ``[B, S]`` or ``[tokens]`` for the tokens, of
             a batch, each the position of a task among the losses. Then one backward of all losses holds the gradients
