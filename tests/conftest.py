@@ -18,3 +18,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let collections of small models follow a plan, as those of large ones do."""
+    monkeypatch.setattr("gradstats.collect.walk.SMALL_BYTES", 0)

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradstats
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "any_size")
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 #: Largest gradient of one task in a segment that is still passed batched: ``T`` of them leave the caches.
 _BATCHED_BYTES = 1 << 19
-#: Up to here segments are joined though that needs more memory, to save the launch of more backwards.
-_SMALL_BYTES = 1 << 20
+#: Up to here segments are joined, or not looked for, though that needs more memory, to save time on the host.
+SMALL_BYTES = 1 << 20
 #: What one operation of a QR decomposition in float64 costs in those of a matrix product in float32, as measured.
 _QR_COST = 8
 
@@ -176,7 +176,7 @@ def make_plan(
         ValueError: If no plan stays within ``max_bytes``.
     """
     single = [_lean_step(facts, batched, may_factor, max_bytes) for facts in segments]
-    bound = max([_SMALL_BYTES, *(step.bytes for step in single)])
+    bound = max([SMALL_BYTES, *(step.bytes for step in single)])
     if max_bytes is not None:
         bound = min(bound, max_bytes)
         least = max(step.bytes for step in single)

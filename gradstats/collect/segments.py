@@ -55,6 +55,14 @@ def cut(graph: Graph, targets: Iterable[Node]) -> list[Segment]:
     return join(graph, segments, ends)
 
 
+def whole(graph: Graph, targets: Iterable[Node]) -> Segment:
+    """All that lies above ``targets`` as one segment."""
+    leaves = set(targets) & graph.leaves.keys()
+    above = graph.with_any_below(targets) - leaves
+    nodes = tuple(node for node in graph.children if node in above)
+    return Segment(nodes, {}, {leaf: ((leaf, 0),) for leaf in graph.leaves if leaf in leaves})
+
+
 def join(graph: Graph, segments: Sequence[Segment], ends: Sequence[bool]) -> list[Segment]:
     """The segments, joined with the next one wherever ``ends`` does not say that one ends."""
     if all(ends[:-1]):

@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 from gradstats.collect.graph import Edge, Graph, edge_of, metadata_of
 from gradstats.collect.plan import LeafFacts, SegmentFacts
 from gradstats.collect.rules import Rows, Use, uses
-from gradstats.collect.segments import Segment, cut
+from gradstats.collect.segments import Segment, cut, whole
 
 #: Nodes on whose batching nothing is lost: in thin matrix products and elementwise operations the gradients of several
 #: tasks are one larger tensor. Convolutions, attention and normalisations run faster task by task.
@@ -58,6 +58,7 @@ class Survey:
         targets: The nodes whose gradients are wanted.
         inputs: What the Gramian is taken of; the leaves among them may stay factored.
         names: Their names, for people.
+        may_cut: Whether to look for segments, or for linear layers; otherwise everything is one segment.
 
     Attributes:
         segments: Losses first.
@@ -66,18 +67,24 @@ class Survey:
     """
 
     def __init__(
-        self, graph: Graph, targets: Iterable[Node], inputs: Sequence[Tensor], names: Sequence[str] | None
+        self,
+        graph: Graph,
+        targets: Iterable[Node],
+        inputs: Sequence[Tensor],
+        names: Sequence[str] | None,
+        *,
+        may_cut: bool = True,
     ) -> None:
         self._graph = graph
         self._uses = uses(graph.children)
         self._beside = {node for found in self._uses.values() for use in found for node in use.path}
         nodes = [edge_of(tensor)[0] for tensor in inputs]
         self._labels = dict(zip(nodes, names or (), strict=False))
-        self.segments = cut(graph, targets)
+        self.segments = cut(graph, targets) if may_cut else [whole(graph, targets)]
         segment_of = {node: segment for segment in self.segments for node in segment.nodes}
         self.linear: dict[Node, Linear] = {}
         for leaf in nodes:
-            layer = self._linear_layer(leaf) if leaf in graph.leaves else None
+            layer = self._linear_layer(leaf) if may_cut and leaf in graph.leaves else None
             # Taken where its layer is passed, which is where it would be formed.
             if layer and all(leaf in segment_of[node].leaves for node in (layer.use.node, *layer.use.path)):
                 self.linear[leaf] = layer

@@ -25,7 +25,7 @@ from gradstats import ops
 from gradstats.collect.fold import Fold
 from gradstats.collect.graph import Edge, cross, edge_of, pull, zero_gradient
 from gradstats.collect.job import Job
-from gradstats.collect.plan import Plan, Step, make_plan
+from gradstats.collect.plan import SMALL_BYTES, Plan, Step, make_plan
 from gradstats.collect.segments import Segment, join
 from gradstats.collect.survey import Linear, Survey
 
@@ -47,7 +47,9 @@ def route(job: Job, *, batched: bool | None, max_bytes: int | None = None) -> tu
         ValueError: If no plan stays within ``max_bytes``.
     """
     make = functools.partial(make_plan, batched=batched, may_factor=not job.needs_gradients, max_bytes=max_bytes)
-    here = Survey(job.graph, job.targets, job.inputs, job.names)
+    targets = job.targets
+    may_cut = batched is not None or max_bytes is not None or _stored_bytes(job, targets) > SMALL_BYTES
+    here = Survey(job.graph, targets, job.inputs, job.names, may_cut=may_cut)
     plan = make(here.facts)
     factored = [leaf for step, segments in _by_step(here, plan) for leaf in _factored(step, segments)]
     hooked = [leaf for leaf in factored if _is_hooked(here.linear[leaf])]
@@ -55,6 +57,12 @@ def route(job: Job, *, batched: bool | None, max_bytes: int | None = None) -> tu
         here.form(hooked)
         plan = make(here.facts)
     return here, plan
+
+
+def _stored_bytes(job: Job, targets: Iterable[Node]) -> int:
+    """What the gradients of all tasks would take together; where that is little, looking for segments costs more."""
+    leaves = (job.graph.leaves[node] for node in targets if node in job.graph.leaves)
+    return len(job.losses) * sum(leaf.numel() * leaf.element_size() for leaf in leaves)
 
 
 @torch.no_grad()
