@@ -113,21 +113,19 @@ def _is_hooked(layer: Linear) -> bool:
 
     What is asked for amid a segment is seen before it passes the hooks there; those of a weight would be left out.
     """
-    ways = [([layer.output], [layer.output])]
-    if layer.use.path:
-        ways.append(([(layer.use.path[0], 0)], [(layer.leaf, 0)]))
-    else:
-        ways.append(([(layer.leaf, 0)], [(layer.leaf, 0)]))
-    for edges, targets in ways:
-        probe = zero_gradient(edges[0])
-        try:
-            (seen,) = pull(edges, [probe], targets, retain_graph=True)
-        except Exception:  # a hook that writes into what it is given
-            return True
-        # What only rearranges hands the same memory on.
-        if seen is None or seen.data_ptr() != probe.data_ptr():
-            return True
-    return False
+    leaf = (layer.leaf, 0)
+    weight = (layer.use.path[0], 0) if layer.use.path else leaf
+    return _changes(layer.output, layer.output) or _changes(weight, leaf)
+
+
+def _changes(edge: Edge, target: Edge) -> bool:
+    """Whether more happens to a gradient from ``edge`` to ``target``, the same or below, than that it is rearranged."""
+    probe = zero_gradient(edge)
+    try:
+        (seen,) = pull([edge], [probe], [target], retain_graph=True)
+    except Exception:  # a hook that writes into what it is given
+        return True
+    return seen is None or seen.data_ptr() != probe.data_ptr()
 
 
 @dataclass
