@@ -127,6 +127,14 @@ def test_magnitude_cost_is_the_closed_form_on_the_recorded_gramians():
     assert float(found.max() / found.min()) < 1.3
 
 
+@pytest.mark.parametrize(("steps", "windows", "samples"), [(100, 2, 1), (1608, 10, 4), (3400, 10, 10), (10**5, 10, 10)])
+def test_few_steps_are_recorded_unless_said_otherwise(steps: int, windows: int, samples: int) -> None:
+    weighting = AutoScale(2, steps)
+    assert (weighting.windows, weighting.samples_per_window) == (windows, samples)
+    assert windows * samples <= 0.03 * steps
+    assert AutoScale(2, steps, samples_per_window=7).samples_per_window == 7
+
+
 def test_magnitude_cost_minimises_its_definition():
     """mean_t Σ_{i<j} (log w_i n_i − log w_j n_j)²: the gradient vanishes at the closed form."""
     norms = torch.rand(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.1

@@ -23,6 +23,9 @@ Normalize = Literal["gradient", "sum"]
 
 _EMA_BETA = 0.9
 _SHORTEST_WINDOW = 10  # steps
+_MOST_SAMPLES = 10  # of a window, if not said otherwise
+#: Share of all steps that is recorded at most, if not said otherwise: a recorded step costs two to three plain ones.
+_RECORDED_SHARE = 0.03
 #: Bound on each weight relative to the geometric mean of all.
 WEIGHT_RANGE = 1e6
 
@@ -66,7 +69,8 @@ class AutoScale(Weighting):
         predictor: How the fixed weights follow from the windows' weights.
         explore: Share of the steps that is phase 1, in (0, 1].
         windows: Number of windows; fewer in short runs, where each has at least 10 steps.
-        samples_per_window: Recorded steps in a window; at most its length.
+        samples_per_window: Recorded steps in a window, at most its length. None: 10, or fewer in short runs, so that
+            no more than 3 % of all steps are recorded; at least one.
         normalize: How weight vectors are scaled.
 
     Raises:
@@ -94,12 +98,14 @@ class AutoScale(Weighting):
         predictor: Predictor = "linear",
         explore: float = 0.2,
         windows: int = 10,
-        samples_per_window: int = 10,
+        samples_per_window: int | None = None,
         normalize: Normalize = "gradient",
     ) -> None:
         super().__init__(num_tasks)
         counts = {"total_steps": total_steps, "windows": windows, "samples_per_window": samples_per_window}
         for name, count in counts.items():
+            if name == "samples_per_window" and count is None:
+                continue
             if not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {count!r}")
         if not 0.0 < explore <= 1.0:
@@ -114,6 +120,9 @@ class AutoScale(Weighting):
         self.cost, self.predictor, self.normalize = cost, predictor, normalize
         self.explore_steps = max(1, round(explore * total_steps))
         self.windows = min(windows, max(1, self.explore_steps // _SHORTEST_WINDOW))
+        if samples_per_window is None:
+            affordable = int(_RECORDED_SHARE * total_steps) // self.windows
+            samples_per_window = min(_MOST_SAMPLES, max(1, affordable))
         self.samples_per_window = samples_per_window
         self.step = 0
         # Everything recorded is on the CPU, where the small problems are solved, and has its full size from the start.
