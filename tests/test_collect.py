@@ -855,10 +855,12 @@ def test_what_vmap_refuses_is_passed_task_by_task(build: Callable[[], Heads], ca
     losses = model()
     params = list(model.parameters())
     want = oracle(losses, params)
-    try:  # it may be a part that is passed task by task anyway, with the heads
-        assert gradstats.from_losses(losses, model, method="batched", retain_graph=True).method == "blockwise"
+    # A part that is passed task by task anyway, with the heads, or an error.
+    try:
+        outcome = gradstats.from_losses(losses, model, method="batched", retain_graph=True).method
     except RuntimeError as error:
-        assert "'batched' failed on this graph" in str(error)
+        outcome = str(error)
+    assert outcome == "blockwise" or "'batched' failed on this graph" in outcome
     # With a graph that need not be kept: a second try must find it whole.
     for collects in (gradstats.from_losses, lambda losses, _: gradstats.backward(losses, torch.ones(3), model)):
         stats = collects(model(), model)
@@ -948,82 +950,6 @@ def test_hooks_that_expect_a_gradient_do_no_harm_where_the_graph_is_freed() -> N
     losses = {f"t{i}": (h(features) ** 2).mean() for i, h in enumerate(model.heads)}
     want = oracle(losses, list(model.trunk.parameters()))
     assert_close(gradstats.from_losses(losses).gram, want, 1e-6)
-
-
-# ---- models from a library -------------------------------------------------------------------------------------------
-
-_SMALL = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "vocab_size": 50,
-}
-_ENCODERS: dict[str, tuple[str, str, dict]] = {
-    "bert": ("BertConfig", "BertModel", _SMALL),
-    "gpt2": ("GPT2Config", "GPT2Model", {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50, "n_positions": 32}),
-    "llama": ("LlamaConfig", "LlamaModel", {**_SMALL, "num_key_value_heads": 1}),
-    "t5": (
-        "T5Config",
-        "T5EncoderModel",
-        {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 50},
-    ),
-    "mamba": (
-        "MambaConfig",
-        "MambaModel",
-        {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 50},
-    ),
-    "swin": (
-        "SwinConfig",
-        "SwinModel",
-        {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2},
-    ),
-    "convnext": ("ConvNextConfig", "ConvNextModel", {"hidden_sizes": [4, 8], "depths": [1, 1], "num_stages": 2}),
-    "resnet": ("ResNetConfig", "ResNetModel", {"embedding_size": 4, "hidden_sizes": [8, 16], "depths": [1, 1]}),
-    "wav2vec2": (
-        "Wav2Vec2Config",
-        "Wav2Vec2Model",
-        {
-            **_SMALL,
-            "conv_dim": [8, 8],
-            "conv_stride": [5, 2],
-            "conv_kernel": [10, 3],
-            "num_feat_extract_layers": 2,
-            "num_conv_pos_embeddings": 4,
-            "num_conv_pos_embedding_groups": 2,
-        },
-    ),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", _ENCODERS)
-def test_encoders_from_transformers(name: str) -> None:
-    transformers = pytest.importorskip("transformers")
-    config, architecture, options = _ENCODERS[name]
-    encoder = getattr(transformers, architecture)(getattr(transformers, config)(**options)).train().double()
-    batch = {
-        "input_ids": torch.randint(0, 50, (2, 8)),
-        "pixel_values": torch.randn(2, 3, 16, 16, dtype=torch.float64),
-        "input_values": torch.randn(2, 400, dtype=torch.float64),
-    }
-    features = encoder(batch[encoder.main_input_name])[0]
-    features = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
-    heads = nn.ModuleList(nn.Linear(features.shape[-1], 2) for _ in range(4)).double()
-    losses = {f"t{i}": (h(features) ** 2).mean() for i, h in enumerate(heads)}
-    want = oracle(losses, [p for p in encoder.parameters() if p.requires_grad])
-    before = snapshot(encoder)
-    for method in METHODS:
-        assert_close(gradstats.from_losses(losses, encoder, method=method, retain_graph=True).gram, want, 1e-9)
-    gradstats.backward(losses, torch.ones(4), encoder, method="batched", retain_graph=True)
-    assert_same(before, snapshot(encoder))
-    fused = {name: p.grad for name, p in encoder.named_parameters()}
-    encoder.zero_grad()
-    sum(losses.values()).backward()
-    for key, p in encoder.named_parameters():
-        # Some of these compute norms in float32, whatever the model is in.
-        torch.testing.assert_close(fused[key], p.grad, rtol=1e-4, atol=1e-6)
 
 
 # ---- numbers that are not --------------------------------------------------------------------------------------------
