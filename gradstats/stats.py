@@ -35,7 +35,9 @@ class GradStats:
         groups: Gramians of disjoint groups of parameters by group name, whose sum is ``gram``; empty unless asked for.
         method: How the Gramian was obtained, such as ``"pairwise"``, ``"batched"`` or ``"sketch"``.
         standard_error: Float64 ``[T, T]``, the standard error of each entry of ``gram`` where they are estimates (those
-            of different steps and of different parameters independent); None where they are exact.
+            of different steps independent); None where they are exact.
+        noise_trace: Float64 ``[T]``, an unbiased estimate of the trace of the covariance of the gradients of single
+            samples, where ``unbiased=True`` has found it; None elsewhere.
     """
 
     gram: Tensor
@@ -44,6 +46,7 @@ class GradStats:
     groups: Mapping[str, GradStats] = field(default_factory=dict)
     method: str = "pairwise"
     standard_error: Tensor | None = None
+    noise_trace: Tensor | None = None
 
     # ---- shape ------------------------------------------------------------------------------------------------------
 
@@ -66,8 +69,8 @@ class GradStats:
 
     @property
     def norms(self) -> Tensor:
-        """Gradient norms ``n_i``, float64 ``[T]``."""
-        return self.gram.diagonal().sqrt()
+        """Gradient norms ``n_i``, float64 ``[T]``; 0 where an unbiased estimate of the square is negative."""
+        return self.gram.diagonal().clamp_min(0.0).sqrt()
 
     @property
     def cosine(self) -> Tensor:
@@ -75,6 +78,9 @@ class GradStats:
         norms = self.norms
         safe = torch.where(norms == 0, 1.0, norms)
         cosine = (self.gram / safe[:, None] / safe[None, :]).clamp(-1.0, 1.0)
+        # An estimate may have products with a gradient whose norm is 0.
+        zero = (norms == 0)[:, None] | (norms == 0)[None, :]
+        cosine = torch.where(zero & self.gram.isfinite(), 0.0, cosine)
         return _symmetric(cosine, torch.where(norms.isfinite(), (norms > 0).double(), torch.nan))
 
     @property
@@ -90,10 +96,29 @@ class GradStats:
 
     @property
     def norm_standard_error(self) -> Tensor | None:
-        """Standard error of ``norms`` to first order, ``se_ii / 2 n_i``, float64 ``[T]``; None where they are exact."""
+        """Standard error of ``norms`` to first order, ``se_ii / 2 n_i``, float64 ``[T]``; None where they are exact.
+
+        NaN where the square's estimate is not positive, which says nothing of the norm but that it is small.
+        """
         if self.standard_error is None:
             return None
-        return torch.where(self.norms == 0, 0.0, self.standard_error.diagonal() / (2.0 * self.norms))
+        errors = self.standard_error.diagonal()
+        unknown = torch.where(errors == 0, 0.0, torch.nan)
+        return torch.where(self.norms == 0, unknown, errors / (2.0 * self.norms))
+
+    @property
+    def noise_scale(self) -> Tensor | None:
+        """Gradient noise scale ``tr Σ_i / n_i²`` in samples, float64 ``[T]``; None where the noise was not measured.
+
+        At that batch size the gradient and its noise are of equal size (McCandlish et al., 2018, arXiv 1812.06162, the
+        "simple" noise scale). The ratio of two estimates: average over steps first (:meth:`mean`), as there. It is
+        inf where the estimate of ``n_i²`` is not positive, and 0 for a zero gradient without noise.
+        """
+        if self.noise_trace is None:
+            return None
+        squares = self.gram.diagonal()
+        without = torch.where(self.noise_trace == 0, 0.0, torch.inf)
+        return torch.where(squares <= 0, without, self.noise_trace / squares)
 
     # ---- scalars ----------------------------------------------------------------------------------------------------
 
@@ -149,6 +174,7 @@ class GradStats:
             gram=w[:, None] * self.gram * w[None, :],
             groups=groups,
             standard_error=None if error is None else w.abs()[:, None] * error * w.abs()[None, :],
+            noise_trace=None if self.noise_trace is None else w.square() * self.noise_trace,
         )
 
     def alignment(self, weights: Tensor | Sequence[float]) -> Tensor:
@@ -183,6 +209,9 @@ class GradStats:
     def __add__(self, other: GradStats) -> GradStats:
         """Statistics over the union of two disjoint parameter sets: Gramians add.
 
+        Standard errors are taken as independent, but for those of ``unbiased=True``: the same samples are behind both,
+        so that they are added up, which bounds the error of the sum.
+
         Raises:
             ValueError: If the two do not name the same tasks in the same order.
         """
@@ -190,6 +219,9 @@ class GradStats:
             return NotImplemented
         self._check_same_tasks(other)
         both = self.groups.keys() & other.groups.keys()
+        errors, noise = [self.standard_error, other.standard_error], None
+        if self.noise_trace is not None and other.noise_trace is not None:
+            noise = self.noise_trace + other.noise_trace
         groups = {**self.groups, **other.groups, **{name: self.groups[name] + other.groups[name] for name in both}}
         return replace(
             self,
@@ -197,7 +229,8 @@ class GradStats:
             present=self.present | other.present,
             groups=groups,
             method=_joined([self.method, other.method]),
-            standard_error=root_sum_of_squares([self.standard_error, other.standard_error]),
+            standard_error=root_sum_of_squares(errors) if noise is None else _sum_of_known(errors),
+            noise_trace=noise,
         )
 
     @staticmethod
@@ -228,6 +261,10 @@ class GradStats:
                 for s, pair in zip(steps, pairs, strict=True)
             ]
         )
+        noises, noise = [s.noise_trace for s in steps if s.noise_trace is not None], None
+        if len(noises) == len(steps):
+            present = torch.stack([s.present for s in steps])
+            noise = torch.where(present, torch.stack(noises), 0.0).sum(0) / present.sum(0).clamp_min(1)
         shared_groups = set(first.groups).intersection(*(s.groups for s in steps))
         return replace(
             first,
@@ -236,6 +273,7 @@ class GradStats:
             groups={k: GradStats.mean([s.groups[k] for s in steps]) for k in first.groups if k in shared_groups},
             method=_joined([s.method for s in steps]),
             standard_error=None if error is None else error / count,
+            noise_trace=noise,
         )
 
     def _check_same_tasks(self, other: GradStats) -> None:
@@ -247,12 +285,15 @@ class GradStats:
     def to_dict(self) -> dict[str, float]:
         """All metrics as flat floats for a logger, such as ``norm/seg``, ``cosine/seg/depth`` and ``mean_cosine``.
 
-        Where the Gramian is an estimate, ``norm_standard_error/seg`` says how good one.
+        Where the Gramian is an estimate, ``norm_standard_error/seg`` says how good one; where the noise was measured,
+        there is ``noise_scale/seg``.
         """
         norms, cosine, similarity = self.norms.tolist(), self.cosine.tolist(), self.magnitude_similarity.tolist()
         out = {f"norm/{name}": norms[i] for i, name in enumerate(self.names)}
         if (errors := self.norm_standard_error) is not None:
             out.update(zip((f"norm_standard_error/{name}" for name in self.names), errors.tolist(), strict=True))
+        if (scales := self.noise_scale) is not None:
+            out.update(zip((f"noise_scale/{name}" for name in self.names), scales.tolist(), strict=True))
         for i, a in enumerate(self.names):
             for j in range(i + 1, self.num_tasks):
                 out[f"cosine/{a}/{self.names[j]}"] = cosine[i][j]
@@ -282,7 +323,7 @@ class GradStats:
             raise ValueError(f"path: {os.fspath(path)!r} does not hold a saved GradStats") from error
 
     def _state(self) -> dict[str, Any]:
-        state = {k: getattr(self, k) for k in ("gram", "names", "present", "method", "standard_error")}
+        state = {k: getattr(self, k) for k in ("gram", "names", "present", "method", "standard_error", "noise_trace")}
         return {**state, "groups": {name: stats._state() for name, stats in self.groups.items()}}
 
     @classmethod
@@ -355,9 +396,14 @@ def root_sum_of_squares(errors: Sequence[Tensor | None]) -> Tensor | None:
     return functools.reduce(torch.hypot, given) if given else None  # hypot: no square leaves the range of float64
 
 
+def _sum_of_known(errors: Sequence[Tensor | None]) -> Tensor | None:
+    given = [error for error in errors if error is not None]
+    return torch.stack(given).sum(0) if given else None
+
+
 def _condition_number(gram: Tensor) -> float:
     """``sqrt(λ_max(G) λ_max(G⁻¹))`` with ``G = D C D``: extreme eigenvalues of graded matrices stay accurate."""
-    norms = gram.diagonal().sqrt()
+    norms = gram.diagonal().clamp_min(0.0).sqrt()
     if gram.shape[0] == 0 or not torch.isfinite(gram).all():
         return math.nan
     if (norms == 0).any():

@@ -6,6 +6,9 @@ file for each method; :mod:`~gradstats.collect.graph` reads the autograd graph.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +17,7 @@ from gradstats.collect import driver
 from gradstats.collect.arguments import GroupBy, Inputs, Losses, Metric, Weights
 from gradstats.collect.driver import collect, signature
 from gradstats.collect.graph import Graph
+from gradstats.collect.noise import collect_unbiased
 from gradstats.collect.plan import Plan
 from gradstats.stats import GradStats
 
@@ -33,6 +37,8 @@ def from_losses(
     num_directions: int | None = None,
     seed: int | None = None,
     store_dtype: torch.dtype | None = None,
+    unbiased: bool = False,
+    parts: int | None = None,
     retain_graph: bool = False,
 ) -> GradStats:
     """The Gramian of the gradients of several losses, computed during one backward.
@@ -92,6 +98,18 @@ def from_losses(
             gradients, so that every step draws anew and a run repeats. The default generator is not touched.
         store_dtype: With ``method="sequential"``, the dtype that gradients are kept in until all are there; bfloat16
             halves the memory of float32 at a relative error of 2^-9 in each entry.
+        unbiased: Whether to leave the noise of the minibatch out: the Gramian is then an unbiased estimate of that of
+            the expected gradients, for samples that were drawn independently. A plain one holds the noise's covariance
+            as well, which inflates norms and shrinks cosines. Each loss is the vector ``[B]`` of the losses of the
+            samples (``reduction="none"``, averaged over all other dimensions), of the same samples in all tasks and
+            each of its own sample alone; the task's loss is their mean. With ``owner`` ``[B]`` the losses of a task are
+            those of its own samples, in their order. Fills ``stats.standard_error`` and ``stats.noise_trace``, from
+            which ``stats.noise_scale`` follows. Where noise dominates, the estimate of a squared norm may be negative:
+            ``stats.gram`` has it as it is, norm and cosines are 0. Average over steps (``GradStats.mean``), then
+            derive. It costs as much as ``T * parts`` tasks. Not for "sketch", nor for BatchNorm in training mode.
+        parts: With ``unbiased``, in how many parts of consecutive samples the batch is split, from 4 to ``B``; None
+            for 8, or ``B`` if that is below 16. More parts give better estimates: with noise alone their standard
+            errors fall as ``sqrt(parts / (parts - 1))`` does.
         retain_graph: Whether the graph is kept for another backward. Otherwise heads and segments that are passed task
             by task free it as they go, and the rest goes with the losses.
 
@@ -104,8 +122,8 @@ def from_losses(
             fit, as its message says.
         RuntimeError: If ``method="batched"`` cannot carry this backward, or the graph has been freed.
     """
-    names, tensors = args.normal_losses(losses)
-    return collect(
+    names, tensors = args.normal_losses(losses, per_sample=unbiased)
+    return _collector(unbiased, parts)(
         names,
         tensors,
         inputs,
@@ -136,6 +154,8 @@ def backward(
     num_directions: int | None = None,
     seed: int | None = None,
     store_dtype: torch.dtype | None = None,
+    unbiased: bool = False,
+    parts: int | None = None,
     retain_graph: bool = False,
 ) -> GradStats:
     """:func:`from_losses` and ``(Σ_t w_t L_t).backward()`` in one backward.
@@ -158,6 +178,8 @@ def backward(
         num_directions: As for :func:`from_losses`.
         seed: As for :func:`from_losses`.
         store_dtype: As for :func:`from_losses`.
+        unbiased: As for :func:`from_losses`; the weighted gradients are those of the mean losses.
+        parts: As for :func:`from_losses`.
         retain_graph: As for :func:`from_losses`.
 
     Returns:
@@ -170,8 +192,8 @@ def backward(
     """
     if weights is None:  # which stands for no backward, one layer below
         raise TypeError("weights: expected one number per task, got None")
-    names, tensors = args.normal_losses(losses)
-    return collect(
+    names, tensors = args.normal_losses(losses, per_sample=unbiased)
+    return _collector(unbiased, parts)(
         names,
         tensors,
         inputs,
@@ -187,6 +209,14 @@ def backward(
         seed=seed,
         retain_graph=retain_graph,
     )
+
+
+def _collector(unbiased: bool, parts: int | None) -> Callable[..., GradStats]:
+    if unbiased:
+        return functools.partial(collect_unbiased, parts=parts)
+    if parts is not None:
+        raise ValueError(f"parts: needs unbiased=True, got parts={parts!r}")
+    return collect
 
 
 def explain(

@@ -40,19 +40,20 @@ class Named:
     given: int
 
 
-def normal_losses(losses: Losses) -> tuple[tuple[str, ...], list[Tensor | None]]:
-    """Names and losses of the tasks.
+def normal_losses(losses: Losses, *, per_sample: bool = False) -> tuple[tuple[str, ...], list[Tensor | None]]:
+    """Names and losses of the tasks; with ``per_sample`` one for each sample, ``[B]``, else one number.
 
     Raises:
         TypeError: If ``losses`` or one of them has a wrong type.
-        ValueError: If there is no task, a name is not a string, or a tensor of losses is not one-dimensional.
+        ValueError: If there is no task, a name is not a string, or a tensor of losses has another number of dimensions.
     """
     names = None
     if isinstance(losses, Mapping):
         names, items = list(losses), list(losses.values())
     elif isinstance(losses, Tensor):
-        if losses.ndim != 1:
-            raise ValueError(f"losses: expected a tensor [T] of one loss per task, got shape {tuple(losses.shape)}")
+        if losses.ndim != 1 + per_sample:
+            expected = "[T, B] of the losses of samples" if per_sample else "[T] of one loss per task"
+            raise ValueError(f"losses: expected a tensor {expected}, got shape {tuple(losses.shape)}")
         with torch.enable_grad():
             items = list(losses.unbind())
     elif isinstance(losses, Sequence) and not isinstance(losses, str):
