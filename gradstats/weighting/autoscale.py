@@ -219,10 +219,11 @@ class AutoScale(Weighting):
 def mean_of_known(grams: Tensor) -> Tensor:
     """Mean Gramian ``[T, T]`` of samples ``[S, T, T]``; each pair's over those in which both gradients are known.
 
-    A gradient is known if its norm is positive and finite: an absent task has a row of zeros.
+    A gradient is known if its squared norm is finite and not 0: an absent task has a row of zeros. Unbiased estimates
+    of a square may be negative; without those the mean would be too large.
     """
     squares = grams.diagonal(dim1=1, dim2=2)
-    known = squares.isfinite() & (squares > 0)
+    known = squares.isfinite() & (squares != 0)
     pairs = known[:, :, None] & known[:, None, :]
     return torch.where(pairs, grams, 0.0).sum(0) / pairs.sum(0).clamp_min(1)
 
@@ -266,7 +267,7 @@ def least_condition_log_weights(grams: Tensor, start: Tensor) -> Tensor:
     num_tasks = grams.shape[1]
     # On a starting point with equal magnitudes the problem is well scaled, whatever the scale of the tasks.
     scaled = torch.exp(start)[:, None] * grams * torch.exp(start)[None, :]
-    scaled = scaled / scaled.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    scaled = scaled / scaled.diagonal(dim1=1, dim2=2).abs().mean(1)[:, None, None]  # estimates may be negative
     scaled = scaled[scaled.isfinite().all(2).all(1)]
     eigenvalues = torch.linalg.eigvalsh(scaled)
     scaled = scaled[eigenvalues[:, 0] > num_tasks * torch.finfo(torch.float64).eps * eigenvalues[:, -1]]
