@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 from gradstats._files import written_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
     from gradstats.stats import GradStats
 
@@ -47,7 +50,13 @@ _STYLE: dict[Any, Any] = {
 }
 _MUTED = "#666666"
 _DPI = 160
-_MOST_ANNOTATED = 12  # tasks; beyond, numbers in the cells of a heat map are too small to read
+_MOST_ANNOTATED = 12  # columns; beyond, numbers in the cells of a heat map are too small to read
+_MOST_LABELLED = 30  # rows or columns; beyond, names would overlap
+_OVER_PAIRS = {  # for each metric its title and its lowest value; the highest is 1
+    "mean_cosine": ("mean cosine", -1),
+    "conflict_rate": ("conflict rate", 0),
+    "mean_magnitude_similarity": ("magnitude\nsimilarity", 0),
+}
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -216,28 +225,43 @@ def plot_stats(stats: GradStats) -> Figure:
     """
     size = max(2.4, 0.55 * stats.num_tasks if stats.num_tasks <= _MOST_ANNOTATED else 6.0)
     figure, (left, right) = _figure(1, 2, width=2 * size + 2.2, height=size + 0.9, ratios=(1.25, 1), share_y=False)
-    present = stats.present.cpu()
-    known = present[:, None] & present[None, :]
-    _heat_map(figure, left, stats.cosine.cpu().masked_fill(~known, math.nan).tolist(), stats.names)
-    _norms(right, [norm if there else None for norm, there in zip(stats.norms.tolist(), present, strict=True)])
+    image = _cosines(left, _known_cosine(stats), stats.names, aspect="equal")
+    left.set_yticks(range(stats.num_tasks), stats.names)
+    figure.colorbar(image, ax=left, ticks=(-1, 0, 1), shrink=0.85, pad=0.03).outline.set_visible(False)
+    _norms(right, [norm if there else None for norm, there in zip(stats.norms.tolist(), stats.present, strict=True)])
     return figure
 
 
-def _heat_map(figure: Figure, panel: Axes, cosine: Sequence[Sequence[float]], names: Sequence[str]) -> None:
-    image = panel.imshow(cosine, cmap="RdBu_r", vmin=-1, vmax=1, aspect="equal")
+def _known_cosine(stats: GradStats) -> list[list[float]]:
+    """Cosines ``[T, T]``, NaN for absent tasks."""
+    present = stats.present.cpu()
+    known = present[:, None] & present[None, :]
+    cosine: list[list[float]] = stats.cosine.cpu().masked_fill(~known, math.nan).tolist()
+    return cosine
+
+
+def _cosines(
+    panel: Axes, cosine: Sequence[Sequence[float]], columns: Sequence[str], *, aspect: Literal["equal", "auto"]
+) -> AxesImage:
+    """Heat map of cosines, with numbers and names of the columns where there is room for them."""
+    image = panel.imshow(cosine, cmap="RdBu_r", vmin=-1, vmax=1, aspect=aspect)
     panel.set_title("cosine of task gradients")
-    panel.set_facecolor("#D9D9D9")  # shows where there is no number
-    panel.grid(visible=False)
-    panel.spines[:].set_visible(False)
-    panel.tick_params(length=0)
-    panel.set_xticks(range(len(names)), names, rotation=0 if len(names) <= 3 else 90)
-    panel.set_yticks(range(len(names)), names)
-    if len(names) <= _MOST_ANNOTATED:
+    _bare(panel)
+    panel.set_xticks(range(len(columns)), columns, rotation=0 if len(columns) <= 3 else 90)
+    if len(columns) <= _MOST_ANNOTATED and len(cosine) <= _MOST_LABELLED:
         for i, row in enumerate(cosine):
             for j, value in enumerate(row):
                 text = "–" if math.isnan(value) else f"{value:.2f}".replace("-", "−")
                 panel.text(j, i, text, ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
-    figure.colorbar(image, ax=panel, ticks=(-1, 0, 1), shrink=0.85, pad=0.03).outline.set_visible(False)
+    return image
+
+
+def _bare(panel: Axes) -> None:
+    """A panel filled with colours: grey where there is no number, without lines around them."""
+    panel.set_facecolor("#D9D9D9")
+    panel.grid(visible=False)
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0)
 
 
 def _norms(panel: Axes, norms: Sequence[float | None]) -> None:
@@ -252,6 +276,122 @@ def _norms(panel: Axes, norms: Sequence[float | None]) -> None:
     panel.yaxis.tick_right()
     panel.set_yticks(range(len(norms)), ["absent" if norm is None else f"{norm:.4g}" for norm in norms])
     panel.tick_params(axis="y", length=0)
+
+
+@_styled
+def conflict_by_group(stats: GradStats) -> Figure:
+    """Where in the network tasks conflict: cosines of all pairs of tasks by group, and the means over pairs beside.
+
+    Rows are the groups in the order in which they were collected, for a module the order of its parameters, with the
+    whole Gramian as the last row, "all". A task without a gradient in a group is left out of that row (its metrics
+    count pairs of the other tasks), and what is not known is left grey or blank.
+
+    Args:
+        stats: Statistics with groups, as collected with ``group_by``, of at least two tasks.
+
+    Raises:
+        ImportError: If matplotlib is not installed (extra ``plot``).
+        ValueError: If ``stats`` has no groups or fewer than two tasks.
+    """
+    _check_groups(stats, "stats")
+    rows = [_reached(group) for group in (*stats.groups.values(), stats)]
+    pairs = list(itertools.combinations(range(stats.num_tasks), 2))
+    names = [f"{stats.names[i]}\n{stats.names[j]}" for i, j in pairs]
+    labelled = len(pairs) <= _MOST_LABELLED
+    width = max(2.0, 0.5 * len(pairs)) if labelled else 7.0
+    figure, (left, *others) = _figure(
+        1, 4, width=width + 6.2, height=_height_of_groups(len(rows)), ratios=(width, 1.5, 1.5, 1.5)
+    )
+    cosines = [[cosine[i][j] for i, j in pairs] for cosine in map(_known_cosine, rows)]
+    _cosines(left, cosines, names if labelled else [], aspect="auto")
+    if not labelled:
+        left.set_xlabel(f"{len(pairs)} pairs of tasks")
+    _label_groups(left, [*stats.groups, "all"])
+    left.axhline(len(rows) - 1.5, color="white", linewidth=3.0)
+    for panel, (metric, (title, lowest)) in zip(others, _OVER_PAIRS.items(), strict=True):
+        panel.plot([float(getattr(row, metric)) for row in rows], range(len(rows)), "o", color=COLOURS[0])
+        panel.set_title(title)
+        panel.set_xlim(lowest - 0.06, 1.06)
+        panel.set_xticks((lowest, 0, 1) if lowest else (0, 0.5, 1))
+        panel.tick_params(axis="y", length=0)
+    return figure
+
+
+@_styled
+def conflict_over_time(steps: Mapping[int, GradStats] | Iterable[tuple[int, GradStats]]) -> Figure:
+    """Mean cosine of the task gradients by group and step; a cell reaches half-way to the neighbouring steps.
+
+    Single batches make noisy cosines: to see trends, give means over a few steps (:meth:`GradStats.mean`).
+
+    Args:
+        steps: Statistics with the same groups for at least one step: a mapping from step, or pairs, in any order.
+
+    Raises:
+        ImportError: If matplotlib is not installed (extra ``plot``).
+        ValueError: If there is no step or one comes twice, if one has no groups or fewer than two tasks, or if groups
+            differ between steps.
+    """
+    listed = list(steps.items() if isinstance(steps, Mapping) else steps)
+    by_step = dict(sorted(listed, key=lambda pair: pair[0]))
+    if not listed:
+        raise ValueError("steps: expected at least one, got none")
+    if len(by_step) < len(listed):
+        raise ValueError(f"steps: expected different ones, got {[step for step, _ in listed]}")
+    first, *_ = by_step
+    groups = list(by_step[first].groups)
+    for step, stats in by_step.items():
+        _check_groups(stats, f"steps: step {step}")
+        if stats.groups.keys() != by_step[first].groups.keys():
+            raise ValueError(
+                f"steps: expected the same groups at each, got {groups} at step {first} "
+                f"and {list(stats.groups)} at step {step}"
+            )
+    values = [[float(_reached(stats.groups[group]).mean_cosine) for stats in by_step.values()] for group in groups]
+    limit = max((abs(value) for row in values for value in row if not math.isnan(value)), default=0.0) or 1.0
+    figure, (panel,) = _figure(1, 1, width=7.4, height=_height_of_groups(len(groups)))
+    rows = [row - 0.5 for row in range(len(groups) + 1)]
+    image = panel.pcolormesh(_edges(list(by_step)), rows, values, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    _bare(panel)
+    _label_groups(panel, groups)
+    panel.tick_params(axis="x", length=3)
+    panel.set_xlabel("optimizer step")
+    bar = figure.colorbar(image, ax=panel, pad=0.02, label="mean cosine of task pairs")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _check_groups(stats: GradStats, argument: str) -> None:
+    if not stats.groups:
+        raise ValueError(
+            f"{argument}: expected statistics by group, as collected with group_by='module', got no groups"
+        )
+    if stats.num_tasks < 2:
+        raise ValueError(f"{argument}: expected at least two tasks, got {stats.num_tasks}")
+
+
+def _reached(stats: GradStats) -> GradStats:
+    """The same statistics with tasks that have no gradient there as absent, instead of at cosine 0 to all others."""
+    return replace(stats, present=stats.present & (stats.norms != 0))
+
+
+def _height_of_groups(count: int) -> float:
+    return 1.1 + 0.3 * min(max(count, 4), _MOST_LABELLED)
+
+
+def _label_groups(panel: Axes, groups: Sequence[str]) -> None:
+    """Names from the top; of very many, every k-th and the last. The model itself has an empty name."""
+    every = math.ceil(len(groups) / _MOST_LABELLED)
+    rows = range((len(groups) - 1) % every, len(groups), every)
+    panel.set_yticks(rows, [groups[row] or "(model)" for row in rows])
+    panel.set_ylim(len(groups) - 0.5, -0.5)
+
+
+def _edges(centres: Sequence[float]) -> list[float]:
+    """Ends of cells around ``centres`` that meet half-way; the outer two lie symmetrically."""
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(centres)]
+    if not middles:
+        return [centres[0] - 0.5, centres[0] + 0.5]
+    return [2 * centres[0] - middles[0], *middles, 2 * centres[-1] - middles[-1]]
 
 
 @_styled

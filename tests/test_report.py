@@ -180,6 +180,124 @@ def test_plot_stats_of_gradients_at_the_ends_of_float64(tmp_path):
     drawn(report.plot_stats(gradstats.pairwise(gradients)), tmp_path)
 
 
+def grouped_stats(groups=("stem", "block.0", "block.1"), *, seed=0, num_tasks=3, zero=None):
+    """Random gradients by group; ``zero`` is a group that the last task does not reach."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = {}
+    for group in groups:
+        gradients = torch.randn(num_tasks, 20, generator=generator, dtype=torch.float64)
+        if group == zero:
+            gradients[-1] = 0.0
+        parts[group] = gradstats.pairwise(gradients)
+    total = sum(list(parts.values())[1:], parts[groups[0]])
+    return gradstats.GradStats(gram=total.gram, names=total.names, present=total.present, groups=parts)
+
+
+def shown(values):
+    """A picture's values, NaN where it shows none."""
+    return np.ma.filled(np.ma.masked_invalid(values), np.nan)
+
+
+def test_conflict_by_group_shows_pairs_and_metrics_of_every_group_and_of_all(tmp_path):
+    measured = grouped_stats()
+    figure = report.conflict_by_group(measured)
+    drawn(figure, tmp_path)
+    heat, *metrics = figure.axes
+    rows = [*measured.groups.values(), measured]
+    expected = [[row.cosine[0, 1], row.cosine[0, 2], row.cosine[1, 2]] for row in rows]
+    assert np.array_equal(shown(heat.images[0].get_array()), np.array(expected))
+    assert [label.get_text() for label in heat.get_yticklabels()] == ["stem", "block.0", "block.1", "all"]
+    assert [label.get_text() for label in heat.get_xticklabels()] == ["task0\ntask1", "task0\ntask2", "task1\ntask2"]
+    assert f"{measured.cosine[0, 1]:.2f}".replace("-", "−") in {text.get_text() for text in heat.texts}
+    titles = {"mean cosine": "mean_cosine", "conflict rate": "conflict_rate"}
+    titles["magnitude\nsimilarity"] = "mean_magnitude_similarity"
+    assert [panel.get_title() for panel in metrics] == list(titles)
+    for panel in metrics:
+        (dots,) = panel.lines
+        assert list(dots.get_xdata()) == [float(getattr(row, titles[panel.get_title()])) for row in rows]
+        assert list(dots.get_ydata()) == [0, 1, 2, 3]
+        assert panel.get_ylim() == (3.5, -0.5)  # first group at the top
+
+
+def test_conflict_by_group_of_a_network_follows_its_layers():
+    torch.manual_seed(0)
+    trunk = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 5), torch.nn.Tanh())
+    heads = torch.nn.ModuleList([torch.nn.Linear(5, 1), torch.nn.Linear(5, 1)])
+    model = torch.nn.ModuleDict({"trunk": trunk, "heads": heads})
+    features = trunk(torch.randn(6, 4))
+    losses = {name: head(features).square().mean() for name, head in zip("ab", heads, strict=True)}
+    figure = report.conflict_by_group(gradstats.from_losses(losses, model, group_by="module"))
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["trunk.0", "trunk.2", "heads.0", "heads.1", "all"]
+    known = ~np.isnan(shown(figure.axes[0].images[0].get_array()))
+    assert list(known[:, 0]) == [True, True, False, False, True]  # one task alone reaches a head: no pair
+
+
+def test_conflict_leaves_out_tasks_without_a_gradient_in_a_group(tmp_path):
+    measured = grouped_stats(zero="block.0")
+    figure = report.conflict_by_group(measured)
+    drawn(figure, tmp_path)
+    assert list(np.isnan(shown(figure.axes[0].images[0].get_array()))[1]) == [False, True, True]
+    of_two = float(measured.groups["block.0"].cosine[0, 1])
+    assert figure.axes[1].lines[0].get_xdata()[1] == of_two
+    over_time = report.conflict_over_time({0: measured})
+    assert shown(over_time.axes[0].collections[0].get_array())[1, 0] == of_two
+
+
+@pytest.mark.parametrize(("num_groups", "num_tasks"), [(1, 2), (3, 6), (70, 3), (3, 20)])
+def test_conflict_of_any_number_of_groups_and_tasks(num_groups, num_tasks, tmp_path):
+    measured = grouped_stats([f"layers.{k}" for k in range(num_groups)], num_tasks=num_tasks)
+    by_group, over_time = report.conflict_by_group(measured), report.conflict_over_time([(5, measured)])
+    for figure, last in ((by_group, "all"), (over_time, f"layers.{num_groups - 1}")):
+        assert max(drawn(figure, tmp_path).shape[:2]) < 4000
+        labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        assert len(labels) <= 30
+        assert labels[-1] == last
+
+
+def test_conflict_over_time_shows_mean_cosines_by_group_and_step(tmp_path):
+    steps = {step: grouped_stats(seed=step) for step in (30, 0, 10)}
+    figure = report.conflict_over_time(steps)
+    drawn(figure, tmp_path)
+    panel, bar = figure.axes
+    (cells,) = panel.collections
+    expected = [[float(steps[s].groups[g].mean_cosine) for s in (0, 10, 30)] for g in ("stem", "block.0", "block.1")]
+    assert np.array_equal(shown(cells.get_array()), np.array(expected))
+    assert list(cells.get_coordinates()[0, :, 0]) == [-5.0, 5.0, 20.0, 40.0]  # half-way to the neighbours
+    assert cells.norm.vmin == -cells.norm.vmax == -np.abs(expected).max()
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["stem", "block.0", "block.1"]
+    assert panel.get_ylim() == (2.5, -0.5)
+    assert panel.get_xlabel() == "optimizer step"
+    assert "mean cosine" in bar.get_ylabel()
+    pairs = report.conflict_over_time(iter(steps.items()))
+    assert np.array_equal(pairs.axes[0].collections[0].get_array(), cells.get_array())
+
+
+def test_conflict_over_time_leaves_what_is_not_finite_grey(tmp_path):
+    good, bad = grouped_stats(), grouped_stats(seed=1)
+    bad.groups["stem"].gram[0] = bad.groups["stem"].gram[:, 0] = math.nan
+    figure = report.conflict_over_time({0: good, 1: bad})
+    drawn(figure, tmp_path)
+    blank = np.isnan(shown(figure.axes[0].collections[0].get_array()))
+    assert blank.tolist() == [[False, True], [False, False], [False, False]]
+
+
+def test_conflict_needs_groups_and_pairs():
+    plain = gradstats.pairwise(task_gradients())
+    with pytest.raises(ValueError, match="stats: expected statistics by group"):
+        report.conflict_by_group(plain)
+    with pytest.raises(ValueError, match="stats: expected at least two tasks, got 1"):
+        report.conflict_by_group(grouped_stats(num_tasks=1))
+    with pytest.raises(ValueError, match="steps: step 7: expected statistics by group"):
+        report.conflict_over_time({3: grouped_stats(), 7: plain})
+    with pytest.raises(ValueError, match="steps: expected at least one"):
+        report.conflict_over_time([])
+    with pytest.raises(ValueError, match=r"steps: expected different ones, got \[3, 3\]"):
+        report.conflict_over_time([(3, grouped_stats()), (3, grouped_stats())])
+    with pytest.raises(ValueError, match=r"same groups at each, got \['stem', .*\] at step 3 and \['stem'\] at step 4"):
+        report.conflict_over_time({3: grouped_stats(), 4: grouped_stats(["stem"])})
+
+
 def test_plot_weights_draws_a_panel_a_method_and_a_line_a_task(tmp_path):
     runs = {"SLAW": ([0, 10], [[1.0, 1.0], [1.9, 0.1]]), "AutoScale": ([0, 5, 9], [[1, 1], [1, 2], [1, 3]])}
     figure = report.plot_weights(runs, ["a", "b"])
