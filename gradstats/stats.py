@@ -332,7 +332,10 @@ class GradStats:
         return cls(**{**state, "names": tuple(state["names"]), "groups": groups})
 
     def plot(self) -> Figure:
-        """Heat map of the cosines with the gradient norms beside it; needs the extra ``plot`` (matplotlib)."""
+        """Heat map of the cosines with the gradient norms beside it; needs the extra ``plot`` (matplotlib).
+
+        :func:`gradstats.report.conflict_by_group` shows the groups.
+        """
         from gradstats.report import plot_stats
 
         return plot_stats(self)
