@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradstats.collect.driver import check_method, collect, signature
+from gradstats.collect.noise import collect_unbiased
 from gradstats.stats import GradStats, check_names
 from gradstats.weighting import Weighting, create
 from gradstats.weighting.base import packed, unpacked
@@ -47,6 +48,9 @@ class Scalarizer(nn.Module):
             steps early at the end of an epoch should drop the incomplete group.
         method: How Gramians are collected, as for :func:`gradstats.from_losses`.
         num_directions: With ``method="sketch"``, how many directions are drawn in a collection.
+        unbiased: Whether Gramians are recorded without the noise of the minibatch, as by :func:`gradstats.from_losses`.
+            The losses of all calls are then those of the samples, ``[B]``, whose means are what is weighted and
+            summed. For one process.
         grad_scaler: The ``GradScaler`` of a float16 loop, so that recorded gradients are scaled like the user's own.
         **options: Options of the weighting, where it is given by name. For ``"fixed"``, ``weights`` may be a mapping
             from task name to number.
@@ -72,6 +76,7 @@ class Scalarizer(nn.Module):
         accumulate: int = 1,
         method: str = "auto",
         num_directions: int | None = None,
+        unbiased: bool = False,
         grad_scaler: torch.amp.GradScaler | None = None,
         **options: Any,
     ) -> None:
@@ -80,12 +85,14 @@ class Scalarizer(nn.Module):
             raise TypeError(f"tasks: expected a sequence of strings, at least one, got {tasks!r}")
         self.tasks = check_names(tasks, len(tasks), "tasks")
         check_method(method, num_directions=num_directions)
+        if unbiased and method == "sketch":
+            raise ValueError("method: expected an exact method with unbiased=True, got 'sketch'")
         for name, value in (("record_every", record_every), ("accumulate", accumulate)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         self.weighting = _weighting(weighting, self.tasks, options)
         self.record_every, self.accumulate, self.method = record_every, accumulate, method
-        self.num_directions = num_directions
+        self.num_directions, self.unbiased = num_directions, unbiased
         self.stats: GradStats | None = None
         self._inputs = (inputs,)  # in a tuple, so that a module given as inputs does not become a submodule
         self.grad_scaler = grad_scaler
@@ -113,7 +120,8 @@ class Scalarizer(nn.Module):
         """The weighted sum of the losses, with its graph.
 
         Args:
-            losses: Scalars by task name (a task may be missing or None), or ``T`` of them in the order of ``tasks``.
+            losses: Scalars by task name (a task may be missing or None), or ``T`` of them in the order of ``tasks``;
+                with ``unbiased`` vectors ``[B]``.
 
         Returns:
             Scalar tensor, at least float32; differentiable where the losses are.
@@ -123,11 +131,12 @@ class Scalarizer(nn.Module):
             TypeError: If a loss is not a tensor.
         """
         listed = self._listed(losses)
+        means = self._means(listed)
         weights = self.weights
         if self.training and torch.is_grad_enabled():
-            decided = self._count(listed, self._collect(listed) if self.wants_stats() else None)
+            decided = self._count(means, self._collect(listed) if self.wants_stats() else None)
             weights = decided if self.accumulate == 1 else weights
-        return _weighted_sum(listed, weights)
+        return _weighted_sum(means, weights)
 
     def backward(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> Tensor:
         """``loss = self(losses); loss.backward()`` in one: at a recorded step one collection gives both.
@@ -145,9 +154,9 @@ class Scalarizer(nn.Module):
             total: Tensor = self(losses)
             torch.autograd.backward(total if self.grad_scaler is None else self.grad_scaler.scale(total))
             return total.detach()
-        weights = self.weights
-        self._count(listed, self._collect(listed, weights))
-        return _weighted_sum(listed, weights).detach()
+        weights, means = self.weights, self._means(listed)
+        self._count(means, self._collect(listed, weights))
+        return _weighted_sum(means, weights).detach()
 
     def _listed(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> list[Tensor | None]:
         """One loss or None for each task, checked."""
@@ -157,9 +166,10 @@ class Scalarizer(nn.Module):
                 raise ValueError(f"losses: expected tasks among {list(self.tasks)}, got {unknown}")
             listed = [losses.get(name) for name in self.tasks]
         else:
-            if not isinstance(losses, Sequence) and not (isinstance(losses, Tensor) and losses.ndim == 1):
-                got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-                raise TypeError(f"losses: expected a mapping, a sequence or a tensor [T], got {got}")
+            is_tensor, dims = isinstance(losses, Tensor), "[T, B]" if self.unbiased else "[T]"
+            if not isinstance(losses, Sequence) and not (is_tensor and losses.ndim == 1 + self.unbiased):
+                got = f"shape {tuple(losses.shape)}" if is_tensor else type(losses).__name__
+                raise TypeError(f"losses: expected a mapping, a sequence or a tensor {dims}, got {got}")
             listed = list(losses)
             if len(listed) != len(self.tasks):
                 raise ValueError(f"losses: expected {len(self.tasks)}, one per task, got {len(listed)}")
@@ -169,11 +179,19 @@ class Scalarizer(nn.Module):
             if not isinstance(loss, Tensor) or not loss.is_floating_point():
                 got = str(loss.dtype) if isinstance(loss, Tensor) else type(loss).__name__
                 raise TypeError(f"losses: expected a floating-point tensor for task {name!r}, got {got}")
-            if loss.numel() != 1:
+            if self.unbiased and (loss.ndim != 1 or not len(loss)):
+                raise ValueError(
+                    f"losses: expected with unbiased=True the losses [B] of the samples for task {name!r}, "
+                    f"got shape {tuple(loss.shape)}"
+                )
+            if not self.unbiased and loss.numel() != 1:
                 raise ValueError(f"losses: expected a scalar for task {name!r}, got shape {tuple(loss.shape)}")
         if all(loss is None for loss in listed):
             raise ValueError("losses: expected at least one task's loss, got none")
         return listed
+
+    def _means(self, listed: list[Tensor | None]) -> list[Tensor | None]:
+        return [None if loss is None else loss.mean() for loss in listed] if self.unbiased else listed
 
     def _inputs_show(self, listed: list[Tensor | None]) -> bool:
         """Whether it is known at this step where to measure: what is shared shows in the graph of two tasks."""
@@ -188,6 +206,8 @@ class Scalarizer(nn.Module):
             scale = self.grad_scaler.get_scale()
         reduce = None
         if _distributed():
+            if self.unbiased:
+                raise ValueError("unbiased: expected one process, got several")
             if not _same_on_all_ranks(signature(self.tasks, scaled, self._inputs[0]), _device(listed)):
                 logger.warning("step %d: the ranks' graphs differ; %s", self._step, _LATER)
                 return None
@@ -195,7 +215,7 @@ class Scalarizer(nn.Module):
         if not self._inputs_show(listed):
             logger.warning("step %d: one task alone does not show what is shared (pass inputs); %s", self._step, _LATER)
             return None
-        stats = collect(
+        stats = (collect_unbiased if self.unbiased else collect)(
             self.tasks,
             scaled,
             self._inputs[0],
