@@ -1,4 +1,7 @@
-"""``loss = scalarizer(losses)`` under DistributedDataParallel: two processes on gloo, started once for all tests."""
+"""Data-parallel and sharded models on 1, 2 and 4 processes on gloo, started once for all tests.
+
+Four processes start; the first two, and then the first alone, meet again in smaller groups.
+"""
 
 import contextlib
 import logging
@@ -13,20 +16,23 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gradstats
 import gradstats.scalarizer
 
-WORLD = 2
+WORLDS = (4, 2, 1)
+EXACT = ("auto", "batched", "blockwise", "sequential")
 TASKS = ("a", "b", "c")
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TIMEOUT = 120  # seconds for all that the processes do
+TIMEOUT = 240  # seconds for all that the processes do
 STEPS = 30
 
 
 class Model(nn.Module):
-    """An encoder without BatchNorm, so that two halves of a batch compute what the whole does, and a head a task."""
+    """An encoder without BatchNorm, so that the parts of a batch compute what the whole does, and a head a task."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,8 +49,8 @@ def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(8, 6, generator=generator), torch.randn(8, 1, generator=generator)
 
 
-def both_batches(step: int) -> tuple[Tensor, Tensor]:
-    x, y = zip(*(batch(rank, step) for rank in range(WORLD)), strict=True)
+def all_batches(step: int, world: int) -> tuple[Tensor, Tensor]:
+    x, y = zip(*(batch(rank, step) for rank in range(world)), strict=True)
     return torch.cat(x), torch.cat(y)
 
 
@@ -118,6 +124,48 @@ def first_step(rank: int, method: str) -> dict:
     }
 
 
+def sketched(rank: int) -> dict:
+    """Statistics of one step, estimated."""
+    x, y = batch(rank, 0)
+    model = DistributedDataParallel(build())
+    scalarizer = gradstats.Scalarizer("uniform", tasks=TASKS, record_every=1, method="sketch", num_directions=512)
+    scalarizer(losses_of(model(x), y)).backward()
+    return {"gram": scalarizer.stats.gram, "standard_error": scalarizer.stats.standard_error, "grads": grads_of(model)}
+
+
+def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], method: str) -> dict:
+    """Four steps with weights that the Gramians of the first decide."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scalarizer = gradstats.Scalarizer(
+        "autoscale", tasks=TASKS, total_steps=4, explore=0.5, samples_per_window=2, method=method
+    )
+    weights = []
+    for x, y in batches:
+        scalarizer(losses_of(model(x), y)).backward()
+        weights.append(scalarizer.weights)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"weights": torch.stack(weights), "parameters": [p.detach() for p in model.parameters()]}
+
+
+def sharded(rank: int, world: int) -> dict:
+    """Statistics and gradients of one step of a model of which each rank holds a part (FSDP2)."""
+    model = build()
+    mesh = init_device_mesh("cpu", (world,))
+    for module in (model.encoder[0], model.encoder[2], model):
+        fully_shard(module, mesh=mesh)
+    x, y = batch(rank, 0)
+    losses = losses_of(model(x), y)
+    stats = gradstats.from_losses(losses, model, group_by="module", retain_graph=True)
+    sum(losses.values()).backward()
+    return {
+        "method": stats.method,
+        "encoder": sum(group.gram for name, group in stats.groups.items() if name.startswith("encoder")),
+        "heads": sum(group.gram for name, group in stats.groups.items() if name.startswith("heads")),
+        "grads": [p.grad.full_tensor() for p in model.parameters()],
+    }
+
+
 def missing_task(rank: int) -> dict:
     """Task "b" has no loss on rank 1 at steps 0 and 3, "a" none on any rank at steps 5 and 6."""
     model = DistributedDataParallel(build(), find_unused_parameters=True)
@@ -149,7 +197,7 @@ def not_finite_on_one_rank(rank: int) -> dict:
     scalarizer = gradstats.Scalarizer("uniform", tasks=TASKS, record_every=10)
     recorded = []
     with logged_messages() as messages:
-        for step in range(3):
+        for step in range(4):
             x, y = batch(rank, step)
             losses = losses_of(model(x), y)
             losses["c"] = losses["c"] * (torch.inf if rank == 1 and step == 0 else 1.0)
@@ -174,32 +222,36 @@ def accumulation(rank: int) -> dict:
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    # Through a file: a port found free may be taken by the time it is used.
-    meeting = f"file://{folder}/store"
-    dist.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=timedelta(seconds=TIMEOUT / 2)
-    )
-    results = {
-        "autoscale": autoscale(rank),
-        "batched": first_step(rank, "batched"),
-        "sequential": first_step(rank, "sequential"),
-        "missing": missing_task(rank),
-        "not_finite": not_finite_on_one_rank(rank),
-        "accumulation": accumulation(rank),
-        "example": runpy.run_path(str(EXAMPLES / "ddp.py"))["main"](),
-    }
-    dist.destroy_process_group()
-    torch.save(results, Path(folder) / f"{rank}.pt")
+    for world in WORLDS[: sum(rank < world for world in WORLDS)]:
+        # Through a file: a port found free may be taken by the time it is used.
+        meeting = f"file://{folder}/store of {world}"
+        dist.init_process_group(
+            "gloo", init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT / 2)
+        )
+        results = {method: first_step(rank, method) for method in EXACT}
+        results["sketch"] = sketched(rank)
+        for method in ("auto", "blockwise", "sketch"):
+            batches = (batch(rank, step) for step in range(4))
+            results[f"train {method}"] = train(DistributedDataParallel(build()), batches, method)
+        results["sharded"] = sharded(rank, world)
+        if world == 2:
+            results["autoscale"] = autoscale(rank)
+            results["missing"] = missing_task(rank)
+            results["not_finite"] = not_finite_on_one_rank(rank)
+            results["accumulation"] = accumulation(rank)
+            results["example"] = runpy.run_path(str(EXAMPLES / "ddp.py"))["main"]()
+        dist.destroy_process_group()
+        torch.save(results, Path(folder) / f"{rank} of {world}.pt")
 
 
 # ---- the tests ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What each rank has found."""
+def results_by_world(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
+    """What each rank has found, for each number of processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    context = torch.multiprocessing.spawn(worker, (str(folder),), WORLD, join=False)
+    context = torch.multiprocessing.spawn(worker, (str(folder),), max(WORLDS), join=False)
     deadline = time.monotonic() + TIMEOUT
     try:
         while not context.join(timeout=1.0):
@@ -209,18 +261,33 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         for process in context.processes:
             if process.is_alive():
                 process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return {
+        world: [torch.load(folder / f"{rank} of {world}.pt", weights_only=True) for rank in range(world)]
+        for world in WORLDS
+    }
 
 
-def single_process(step: int = 0) -> tuple[Tensor, list[Tensor]]:
-    """The float64 Gramian and the summed gradients on the batches of both ranks together."""
+@pytest.fixture(scope="module")
+def results(results_by_world: dict[int, list[dict]]) -> list[dict]:
+    """What each of two ranks has found."""
+    return results_by_world[2]
+
+
+def single_process(step: int = 0, world: int = 2) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Float64 Gramians of encoder and heads, and the summed gradients, on the batches of all ranks together."""
     model = build()
-    x, y = both_batches(step)
+    x, y = all_batches(step, world)
     losses = losses_of(model(x), y)
-    rows = [torch.autograd.grad(loss, list(model.encoder.parameters()), retain_graph=True) for loss in losses.values()]
-    jacobian = torch.stack([torch.cat([g.double().flatten() for g in row]) for row in rows])
+    grams = []
+    for part in (model.encoder, model.heads):
+        rows = [
+            torch.autograd.grad(loss, list(part.parameters()), retain_graph=True, materialize_grads=True)
+            for loss in losses.values()
+        ]
+        jacobian = torch.stack([torch.cat([g.double().flatten() for g in row]) for row in rows])
+        grams.append(jacobian @ jacobian.T)
     sum(losses.values()).backward()
-    return jacobian @ jacobian.T, grads_of(model)
+    return *grams, grads_of(model)
 
 
 def assert_gram(found: Tensor, expected: Tensor) -> None:
@@ -241,20 +308,68 @@ def test_autoscale_is_the_same_on_both_ranks(results: list[dict]) -> None:
     assert not any(torch.equal(p, q) for p, q in zip(first["parameters"], build().parameters(), strict=True))
 
 
-@pytest.mark.parametrize("method", ["batched", "sequential"])
-def test_gramian_is_that_of_the_averaged_gradients(results: list[dict], method: str) -> None:
-    expected, _ = single_process()
-    for result in (r[method] for r in results):
-        assert result["method"] == method
-        assert_gram(result["gram"], expected)
-        assert_gram(result["gram_of_fused"], expected)
-    assert torch.equal(results[0][method]["gram"], results[1][method]["gram"])
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("method", EXACT)
+def test_gramian_is_that_of_the_averaged_gradients(
+    results_by_world: dict[int, list[dict]], method: str, world: int
+) -> None:
+    expected, _, _ = single_process(world=world)
+    first, *others = (r[method] for r in results_by_world[world])
+    assert first["method"] in (("batched", "blockwise") if method == "auto" else (method,))
+    assert_gram(first["gram"], expected)
+    assert_gram(first["gram_of_fused"], expected)
+    assert all(torch.equal(other["gram"], first["gram"]) for other in others)
 
 
-@pytest.mark.parametrize("method", ["batched", "sequential"])
-def test_gradient_averaging_of_ddp_is_intact(results: list[dict], method: str) -> None:
-    _, expected = single_process()
-    for result in (r[method] for r in results):
+@pytest.mark.parametrize("world", WORLDS)
+def test_sketch_estimates_the_gramian_of_the_averaged_gradients(
+    results_by_world: dict[int, list[dict]], world: int
+) -> None:
+    expected, _, grads = single_process(world=world)
+    first, *others = (r["sketch"] for r in results_by_world[world])
+    norms = expected.diagonal().sqrt()
+    assert (first["standard_error"] < 0.15 * torch.outer(norms, norms)).all()
+    assert ((first["gram"] - expected).abs() < 5 * first["standard_error"]).all()
+    for other in others:
+        assert torch.equal(other["gram"], first["gram"])
+        assert torch.equal(other["standard_error"], first["standard_error"])
+    for found, single in zip(first["grads"], grads, strict=True):
+        torch.testing.assert_close(found, single, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("method", ["auto", "blockwise", "sketch"])
+def test_ranks_agree_on_weights_from_gramians(results_by_world: dict[int, list[dict]], method: str, world: int) -> None:
+    first, *others = (r[f"train {method}"] for r in results_by_world[world])
+    assert not torch.equal(first["weights"][0], first["weights"][-1])
+    for other in others:
+        assert torch.equal(other["weights"], first["weights"])
+        assert all(torch.equal(p, q) for p, q in zip(other["parameters"], first["parameters"], strict=True))
+    if method != "sketch":
+        single = train(build(), (all_batches(step, world) for step in range(4)), method)
+        torch.testing.assert_close(first["weights"], single["weights"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(first["parameters"], single["parameters"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_sharded_gramian_is_that_of_the_averaged_gradients(results_by_world: dict[int, list[dict]], world: int) -> None:
+    encoder, heads, grads = single_process(world=world)
+    first, *others = (r["sharded"] for r in results_by_world[world])
+    assert first["method"] == "engine"
+    assert_gram(first["encoder"], encoder)
+    assert_gram(first["heads"], heads)
+    for other in others:
+        assert torch.equal(other["encoder"], first["encoder"])
+        assert torch.equal(other["heads"], first["heads"])
+    for found, single in zip(first["grads"], grads, strict=True):
+        torch.testing.assert_close(found, single, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("world", [4, 2])
+@pytest.mark.parametrize("method", EXACT)
+def test_gradient_averaging_of_ddp_is_intact(results_by_world: dict[int, list[dict]], method: str, world: int) -> None:
+    _, _, expected = single_process(world=world)
+    for result in (r[method] for r in results_by_world[world]):
         for found, fused, plain, single in zip(
             result["grads"], result["grads_of_fused"], result["grads_of_ddp"], expected, strict=True
         ):
@@ -284,7 +399,7 @@ def test_infinite_gradient_on_one_rank_is_discarded_on_both(results: list[dict])
 
 
 def test_gradient_accumulation_without_communication(results: list[dict]) -> None:
-    (gram_0, grads_0), (gram_1, grads_1) = single_process(0), single_process(1)
+    (gram_0, _, grads_0), (gram_1, _, grads_1) = single_process(0), single_process(1)
     for result in (r["accumulation"] for r in results):
         assert_gram(result["gram"], (gram_0 + gram_1) / 2)
         for found, g, h in zip(result["grads"], grads_0, grads_1, strict=True):
