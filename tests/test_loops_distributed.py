@@ -5,6 +5,7 @@ Four processes start; the first two, and then the first alone, meet again in sma
 
 import contextlib
 import logging
+import math
 import runpy
 import time
 from collections.abc import Iterator
@@ -18,12 +19,16 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import gradstats
 import gradstats.scalarizer
 
 WORLDS = (4, 2, 1)
+# Into how many parts the batch is cut, and into how many each layer.
+MESHES = [(4, 1), (2, 2), (1, 4), (2, 1), (1, 2), (1, 1)]
 EXACT = ("auto", "batched", "blockwise", "sequential")
 TASKS = ("a", "b", "c")
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -61,6 +66,10 @@ def losses_of(outputs: dict[str, Tensor], y: Tensor) -> dict[str, Tensor]:
 def build() -> nn.Module:
     torch.manual_seed(0)
     return Model()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
 def grads_of(model: nn.Module) -> list[Tensor]:
@@ -148,13 +157,22 @@ def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], method: st
     return {"weights": torch.stack(weights), "parameters": [p.detach() for p in model.parameters()]}
 
 
-def sharded(rank: int, world: int) -> dict:
-    """Statistics and gradients of one step of a model of which each rank holds a part (FSDP2)."""
+def build_sharded(data: int, tensor: int) -> nn.Module:
+    """The same model with parts of the batch on ``data`` ranks (FSDP2) and parts of each layer on ``tensor`` ranks."""
     model = build()
-    mesh = init_device_mesh("cpu", (world,))
-    for module in (model.encoder[0], model.encoder[2], model):
-        fully_shard(module, mesh=mesh)
-    x, y = batch(rank, 0)
+    mesh = init_device_mesh("cpu", (data, tensor), mesh_dim_names=("data", "tensor"))
+    if tensor > 1:
+        parallelize_module(model, mesh["tensor"], {"encoder.0": ColwiseParallel(), "encoder.2": RowwiseParallel()})
+    if data > 1 or tensor == 1:
+        for module in (model.encoder[0], model.encoder[2], model):
+            fully_shard(module, mesh=mesh["data"])
+    return model
+
+
+def sharded(rank: int, data: int, tensor: int) -> dict:
+    """Statistics and gradients of one step of a model of which each rank holds a part."""
+    model = build_sharded(data, tensor)
+    x, y = batch(rank // tensor, 0)
     losses = losses_of(model(x), y)
     stats = gradstats.from_losses(losses, model, group_by="module", retain_graph=True)
     sum(losses.values()).backward()
@@ -162,7 +180,7 @@ def sharded(rank: int, world: int) -> dict:
         "method": stats.method,
         "encoder": sum(group.gram for name, group in stats.groups.items() if name.startswith("encoder")),
         "heads": sum(group.gram for name, group in stats.groups.items() if name.startswith("heads")),
-        "grads": [p.grad.full_tensor() for p in model.parameters()],
+        "grads": [whole(p.grad) for p in model.parameters()],
     }
 
 
@@ -233,7 +251,8 @@ def worker(rank: int, folder: str) -> None:
         for method in ("auto", "blockwise", "sketch"):
             batches = (batch(rank, step) for step in range(4))
             results[f"train {method}"] = train(DistributedDataParallel(build()), batches, method)
-        results["sharded"] = sharded(rank, world)
+        for mesh in (mesh for mesh in MESHES if math.prod(mesh) == world):
+            results[f"sharded {mesh}"] = sharded(rank, *mesh)
         if world == 2:
             results["autoscale"] = autoscale(rank)
             results["missing"] = missing_task(rank)
@@ -351,10 +370,12 @@ def test_ranks_agree_on_weights_from_gramians(results_by_world: dict[int, list[d
         torch.testing.assert_close(first["parameters"], single["parameters"], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_sharded_gramian_is_that_of_the_averaged_gradients(results_by_world: dict[int, list[dict]], world: int) -> None:
-    encoder, heads, grads = single_process(world=world)
-    first, *others = (r["sharded"] for r in results_by_world[world])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_sharded_gramian_is_that_of_the_averaged_gradients(
+    results_by_world: dict[int, list[dict]], mesh: tuple[int, int]
+) -> None:
+    encoder, heads, grads = single_process(world=mesh[0])
+    first, *others = (r[f"sharded {mesh}"] for r in results_by_world[math.prod(mesh)])
     assert first["method"] == "engine"
     assert_gram(first["encoder"], encoder)
     assert_gram(first["heads"], heads)
