@@ -321,6 +321,7 @@ def conflict_by_group(stats: GradStats) -> Figure:
 def conflict_over_time(steps: Mapping[int, GradStats] | Iterable[tuple[int, GradStats]]) -> Figure:
     """Mean cosine of the task gradients by group and step; a cell reaches half-way to the neighbouring steps.
 
+    The mean is over pairs of tasks that have a gradient in the group; grey is where there is none, or it is not finite.
     Single batches make noisy cosines: to see trends, give means over a few steps (:meth:`GradStats.mean`).
 
     Args:
