@@ -54,10 +54,11 @@ class AutoScale(Weighting):
       of steps, so with badly scaled tasks a jump ruins the training that the weights should help. ``"sum"`` is
       ``sum(w) = T``.
 
-    Gramians that are estimates (``stats.standard_error`` is not None, as with ``method="sketch"``) are averaged over
-    the window before anything is derived from them, so that ``"magnitude"`` takes ``w_i ∝ 1 / sqrt(mean_t G_ii(t))``:
-    the mean of a logarithm over noisy Gramians is biased, that of ``log κ`` badly. ``"condition"`` then needs more
-    directions in a window than tasks, or else the mean is singular.
+    Gramians that are estimates (``stats.standard_error`` is not None, as with ``method="sketch"`` and
+    ``unbiased=True``) are averaged over the window before anything is derived from them, so that ``"magnitude"`` takes
+    ``w_i ∝ 1 / sqrt(mean_t G_ii(t))``: the mean of a logarithm over noisy Gramians is biased, that of ``log κ`` badly.
+    ``"condition"`` then needs more directions in a window than tasks, or else the mean is singular. A task whose mean
+    square is not positive keeps the weight that it had.
 
     Each weight stays within a factor 1e6 of the geometric mean of all. A task whose gradient (or loss) was zero or
     absent in every sample of a window keeps the weight that it had.
