@@ -543,9 +543,13 @@ def test_averaged_sketches_give_the_condition_weights_that_single_ones_do_not():
     averaged, single = [], []
     for _ in range(10):
         steps = [draw(6) for _ in range(10)]
-        averaged.append(distance(run_window(AutoScale(4, 50, windows=1, cost="condition"), steps)))
+        averaged.append(
+            distance(run_window(AutoScale(4, 50, windows=1, samples_per_window=10, cost="condition"), steps))
+        )
         unsaid = [GradStats(s.gram, s.names, s.present) for s in steps]
-        single.append(distance(run_window(AutoScale(4, 50, windows=1, cost="condition"), unsaid)))
+        single.append(
+            distance(run_window(AutoScale(4, 50, windows=1, samples_per_window=10, cost="condition"), unsaid))
+        )
     assert sum(averaged) < 0.75 * sum(single)
 
 
