@@ -142,11 +142,11 @@ def sketched(rank: int) -> dict:
     return {"gram": scalarizer.stats.gram, "standard_error": scalarizer.stats.standard_error, "grads": grads_of(model)}
 
 
-def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], method: str) -> dict:
+def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], method: str, inputs: object = None) -> dict:
     """Four steps with weights that the Gramians of the first decide."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     scalarizer = gradstats.Scalarizer(
-        "autoscale", tasks=TASKS, total_steps=4, explore=0.5, samples_per_window=2, method=method
+        "autoscale", tasks=TASKS, inputs=inputs, total_steps=4, explore=0.5, samples_per_window=2, method=method
     )
     weights = []
     for x, y in batches:
@@ -154,7 +154,7 @@ def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], method: st
         weights.append(scalarizer.weights)
         optimizer.step()
         optimizer.zero_grad()
-    return {"weights": torch.stack(weights), "parameters": [p.detach() for p in model.parameters()]}
+    return {"weights": torch.stack(weights), "parameters": [whole(p.detach()) for p in model.parameters()]}
 
 
 def build_sharded(data: int, tensor: int) -> nn.Module:
@@ -253,6 +253,9 @@ def worker(rank: int, folder: str) -> None:
             results[f"train {method}"] = train(DistributedDataParallel(build()), batches, method)
         for mesh in (mesh for mesh in MESHES if math.prod(mesh) == world):
             results[f"sharded {mesh}"] = sharded(rank, *mesh)
+            model = build_sharded(*mesh)
+            batches = (batch(rank // mesh[1], step) for step in range(4))
+            results[f"train sharded {mesh}"] = train(model, batches, "auto", inputs=model)
         if world == 2:
             results["autoscale"] = autoscale(rank)
             results["missing"] = missing_task(rank)
@@ -384,6 +387,19 @@ def test_sharded_gramian_is_that_of_the_averaged_gradients(
         assert torch.equal(other["heads"], first["heads"])
     for found, single in zip(first["grads"], grads, strict=True):
         torch.testing.assert_close(found, single, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_ranks_of_a_sharded_model_agree_on_weights(
+    results_by_world: dict[int, list[dict]], mesh: tuple[int, int]
+) -> None:
+    model = build()
+    single = train(model, (all_batches(step, mesh[0]) for step in range(4)), "auto", inputs=model)
+    first, *others = (r[f"train sharded {mesh}"] for r in results_by_world[math.prod(mesh)])
+    assert not torch.equal(first["weights"][0], first["weights"][-1])
+    torch.testing.assert_close(first["weights"], single["weights"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(first["parameters"], single["parameters"], rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(other["weights"], first["weights"]) for other in others)
 
 
 @pytest.mark.parametrize("world", [4, 2])

@@ -85,7 +85,7 @@ class Fold:
     def add_rows(self, members: Sequence[int], rows: Sequence[Sequence[Tensor | None]]) -> None:
         """Fold in stored gradients of the inputs ``members``: for each task one per member, None for zeros.
 
-        DTensors count in all their shards.
+        DTensors count in all their shards, and are not reduced.
         """
         columns = list(zip(*rows, strict=True))
         if self.reduce is not None:
@@ -93,12 +93,13 @@ class Fold:
             # whatever their own losses reach.
             for k, column in zip(members, columns, strict=True):
                 like = self._inputs[k]
-                self.add_block(k, torch.stack([torch.zeros_like(like) if g is None else g for g in column]))
-            return
+                if not is_dtensor(like):
+                    self.add_block(k, torch.stack([torch.zeros_like(like) if g is None else g for g in column]))
         calls: dict[tuple[Any, ...], list[int]] = {}
         for i, column in enumerate(columns):
             models = [grad for grad in column if grad is not None]
-            if models:
+            # DTensors are not reduced above: what shards them (FSDP2) has averaged their gradients already.
+            if models and (self.reduce is None or is_dtensor(models[0])):
                 calls.setdefault((self.groups[members[i]], *_placement(models[0])), []).append(i)
         for (_, _, mesh, replicas), at in calls.items():
             gram = self._gram_of_lists(
