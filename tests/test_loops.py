@@ -615,7 +615,7 @@ def test_compiled_model(backend: str, fresh_compiler: None) -> None:
     torch.testing.assert_close(scalarizer.weights, eager_scalarizer.weights, rtol=1e-3, atol=0.0)
     for name, value in state(eager).items():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-2, atol=1e-3)
-    assert scalarizer.stats.method == "sequential"
+    assert scalarizer.stats.method == "blockwise"
     assert scalarizer.weights[0] > 10 * scalarizer.weights[2]
 
 
