@@ -1181,6 +1181,11 @@ def test_errors_name_the_argument() -> None:
         (ValueError, "inputs: no loss reaches any of the 1 inputs", {"inputs": [torch.ones(2, requires_grad=True)]}),
         (ValueError, "method: expected one of 'auto', .*got 'best'", {"method": "best"}),
         (TypeError, "owner: expected a tensor of integers", {"owner": torch.zeros(4)}),
+        (
+            ValueError,
+            "max_bytes: bounds the methods that follow a plan .*not method='sequential'",
+            {"max_bytes": 10**9, "method": "sequential"},
+        ),
         (ValueError, "max_bytes: the leanest plan needs about [0-9]+ bytes, got 100", {"max_bytes": 100}),
         (ValueError, "store_dtype: needs method='sequential'", {"store_dtype": torch.bfloat16}),
         (ValueError, "store_dtype: expected", {"store_dtype": torch.int8, "method": "sequential"}),

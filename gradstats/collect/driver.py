@@ -27,6 +27,7 @@ from gradstats.stats import GradStats, root_sum_of_squares
 _METHODS = ("auto", "batched", "blockwise", "sequential", "engine", "sketch")
 #: The methods that pass segments, and whether with all tasks at once; None lets the plan choose.
 _BATCHED = {"auto": None, "batched": True, "blockwise": False}
+_PLANNED = ", ".join(map(repr, _BATCHED))
 
 #: A Gramian, the weighted gradient of each leaf where the same backward has given it, and the method used.
 Collected: TypeAlias = tuple[Fold, dict[Tensor, Tensor] | None, str]
@@ -80,6 +81,8 @@ def collect(
         raise ValueError(
             "owner: is a way of collecting of its own, which goes with method='auto' and without max_bytes"
         )
+    if max_bytes is not None and method not in _BATCHED:
+        raise ValueError(f"max_bytes: bounds the methods that follow a plan ({_PLANNED}), not method={method!r}")
     scale = args.normal_loss_scale(loss_scale)
     present = args.present_losses(names, losses)
     device = next(iter(present.values())).device

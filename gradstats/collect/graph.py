@@ -86,9 +86,12 @@ def cross(graph: Graph, rows: Mapping[Edge, Tensor]) -> dict[Edge, Tensor]:
     for node, slots in arriving.items():
         call: Any = node
         grads = call(*(slots.get(slot) for slot in range(len(call._input_metadata))))
-        for edge, grad in zip(node.next_functions, grads if isinstance(grads, tuple) else (grads,), strict=True):
-            if grad is not None and edge[0] in graph.children:
-                found[edge] = found[edge] + grad if edge in found else grad  # type: ignore[index]
+        for (child, slot), grad in zip(
+            node.next_functions, grads if isinstance(grads, tuple) else (grads,), strict=True
+        ):
+            if child in graph.children and grad is not None:
+                edge = (child, slot)
+                found[edge] = found[edge] + grad if edge in found else grad
     return found
 
 
