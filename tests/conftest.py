@@ -22,5 +22,6 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let collections of small models follow a plan, as those of large ones do."""
+    """Let collections of small models follow a plan of several segments, as those of large ones do."""
     monkeypatch.setattr("gradstats.collect.walk.SMALL_BYTES", 0)
+    monkeypatch.setattr("gradstats.collect.plan.SMALL_BYTES", 0)

@@ -118,13 +118,16 @@ def _order(graph: Graph, nodes: set[Node]) -> list[Node]:
 def _starts(graph: Graph, order: list[Node]) -> list[int]:
     """The positions in ``order`` where a segment can start.
 
-    There no task's gradients wait at two nodes, and the nodes at which they wait can be crossed.
+    There no task's gradients wait at two nodes, and the nodes at which they wait can be crossed. A module's backward
+    hook remembers at the module's output what it needs at its input, for one task; so nothing is cut between these.
     """
     known = set(order)
+    hooked = [i for i, node in enumerate(order) if node.name() == "BackwardHookFunctionBackward"]
+    kept = range(hooked[0] + 1, hooked[-1] + 1) if hooked else range(0)
     starts = [0]
     waiting: dict[Node, int] = {}
     for position, node in enumerate(order):
-        is_open = position > 0 and graph.is_shared(node) and _are_disjoint(waiting.values())
+        is_open = 0 < position not in kept and graph.is_shared(node) and _are_disjoint(waiting.values())
         if is_open and all(can_cross(graph, below) for below in waiting):
             starts.append(position)
         waiting.pop(node, None)
