@@ -1,6 +1,6 @@
-"""The operator contract: one schema, its fake kernel, and the reference kernel every device has.
+"""The operator contract: the schemas, their fake kernels, and the reference kernels every device has.
 
-Compiled libraries (see :mod:`gradstats.ops.backends`) only register faster kernels for this schema under
+Compiled libraries (see :mod:`gradstats.ops.backends`) only register faster kernels for these schemas under
 their own dispatch key, so the dispatcher picks the fastest one that is there for the tensors at hand.
 """
 
@@ -16,19 +16,44 @@ from gradstats.ops import reference
 #: What a gradient may be made of.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-SCHEMA = "gram(Tensor[] grads, int num_tasks, Tensor[] metric, bool stacked) -> Tensor"
-
-# Kept alive for the life of the process: the dispatcher drops the definition with the object.
-_library = torch.library.Library("gradstats", "DEF")
-_library.define(SCHEMA)
-_library.impl("gram", reference.gram, "CompositeExplicitAutograd")
+SCHEMAS = (
+    "gram(Tensor[] grads, int num_tasks, Tensor[] metric, bool stacked) -> Tensor",
+    "combine(Tensor[] grads, int num_tasks, Tensor weights, bool stacked) -> Tensor[]",
+    "gram_combine(Tensor[] grads, int num_tasks, Tensor weights, Tensor[] metric, bool stacked) -> (Tensor, Tensor[])",
+)
 
 
 def _gram_fake(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stacked: bool) -> Tensor:
     return grads[0].new_empty((num_tasks, num_tasks), dtype=torch.float64)
 
 
+def _combine_fake(grads: Sequence[Tensor], num_tasks: int, weights: Tensor, stacked: bool) -> list[Tensor]:
+    return [reference.empty_combination(rows) for rows in reference.rows_by_parameter(grads, num_tasks, stacked)]
+
+
+def _gram_combine_fake(
+    grads: Sequence[Tensor], num_tasks: int, weights: Tensor, metric: Sequence[Tensor], stacked: bool
+) -> tuple[Tensor, list[Tensor]]:
+    return _gram_fake(grads, num_tasks, metric, stacked), _combine_fake(grads, num_tasks, weights, stacked)
+
+
+def _gram_then_combine(
+    grads: Sequence[Tensor], num_tasks: int, weights: Tensor, metric: Sequence[Tensor], stacked: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """What a backend without a fused kernel does: its own two, one after the other."""
+    return gram(grads, num_tasks, metric, stacked), combine(grads, num_tasks, weights, stacked)
+
+
+# Kept alive for the life of the process: the dispatcher drops the definitions with the object.
+_library = torch.library.Library("gradstats", "DEF")
+for _schema in SCHEMAS:
+    _library.define(_schema)
+_library.impl("gram", reference.gram, "CompositeExplicitAutograd")
+_library.impl("combine", reference.combine, "CompositeExplicitAutograd")
+_library.impl("gram_combine", _gram_then_combine, "CompositeExplicitAutograd")
 torch.library.register_fake("gradstats::gram", _gram_fake, lib=_library)
+torch.library.register_fake("gradstats::combine", _combine_fake, lib=_library)
+torch.library.register_fake("gradstats::gram_combine", _gram_combine_fake, lib=_library)
 
 
 def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor] = (), stacked: bool = False) -> Tensor:
@@ -50,3 +75,43 @@ def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor] = (),
     """
     result: Tensor = torch.ops.gradstats.gram(list(grads), num_tasks, list(metric), stacked)
     return result
+
+
+def combine(grads: Sequence[Tensor], num_tasks: int, weights: Tensor, stacked: bool = False) -> list[Tensor]:
+    """Weighted sum ``Σ_t weights[t] · g_t`` of the gradients of ``num_tasks`` tasks, for each parameter.
+
+    The sums are formed in float32 (float64 for float64 gradients) and rounded once to the gradients' dtype. A weight
+    of 0 keeps nothing out: ``0 · inf`` is NaN.
+
+    Args:
+        grads: As for :func:`gram`.
+        num_tasks: ``T``, at least 1.
+        weights: Float64 tensor ``[T]`` on the device of ``grads``.
+        stacked: Which of the two forms ``grads`` has.
+
+    Returns:
+        ``K`` new tensors of the gradients' dtypes. The ``k``-th has shape ``param_k``, and the strides that all tasks'
+        gradients share where these are dense; else it is contiguous. Where no task has a gradient, it has no entries
+        either: no gradient at all.
+    """
+    result: list[Tensor] = torch.ops.gradstats.combine(list(grads), num_tasks, weights, stacked)
+    return result
+
+
+def gram_combine(
+    grads: Sequence[Tensor], num_tasks: int, weights: Tensor, metric: Sequence[Tensor] = (), stacked: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """The results of :func:`gram` and :func:`combine`, to the bit, from one pass over the gradients.
+
+    Args:
+        grads: As for :func:`gram`.
+        num_tasks: ``T``, at least 1.
+        weights: As for :func:`combine`.
+        metric: As for :func:`gram`; the weighted sum is without it.
+        stacked: Which of the two forms ``grads`` has.
+
+    Returns:
+        The Gramian, float64 ``[T, T]``, and the ``K`` weighted sums.
+    """
+    gramian, combination = torch.ops.gradstats.gram_combine(list(grads), num_tasks, weights, list(metric), stacked)
+    return gramian, combination

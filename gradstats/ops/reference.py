@@ -1,4 +1,4 @@
-"""The reference backend: the Gramian in plain torch operations, in float64, on any device.
+"""The reference backend: the operators in plain torch, on any device; the Gramian in float64.
 
 It is the oracle that the compiled backends are tested against and what runs where none is compiled.
 """
@@ -17,7 +17,8 @@ _BLOCK_ENTRIES = 1 << 22
 def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stacked: bool) -> Tensor:
     """Kernel of ``gradstats::gram``; the arguments are described at :func:`gradstats.ops.gram`."""
     total = torch.zeros((num_tasks, num_tasks), dtype=torch.float64, device=grads[0].device)
-    for k, rows in enumerate(_rows_by_parameter(grads, num_tasks, stacked)):
+    for k, parameter in enumerate(rows_by_parameter(grads, num_tasks, stacked)):
+        rows = [row.reshape(-1) for row in parameter]
         size = max(row.numel() for row in rows)
         scale = metric[k].reshape(-1) if metric else None
         step = max(1, _BLOCK_ENTRIES // num_tasks)
@@ -30,15 +31,49 @@ def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stac
     return total.triu() + total.triu(1).T
 
 
-def _rows_by_parameter(grads: Sequence[Tensor], num_tasks: int, stacked: bool) -> Iterator[list[Tensor]]:
-    """For each parameter the ``T`` task gradients as 1-d tensors in contiguous order."""
+def combine(grads: Sequence[Tensor], num_tasks: int, weights: Tensor, stacked: bool) -> list[Tensor]:
+    """Kernel of ``gradstats::combine``; the arguments are described at :func:`gradstats.ops.combine`."""
+    return [_combine_rows(rows, weights) for rows in rows_by_parameter(grads, num_tasks, stacked)]
+
+
+def rows_by_parameter(grads: Sequence[Tensor], num_tasks: int, stacked: bool) -> Iterator[Sequence[Tensor]]:
+    """For each parameter the gradients of the ``T`` tasks, each of the parameter's shape or without entries."""
     if stacked:
         for block in grads:
-            yield [row.reshape(-1) for row in block.unbind(0)]
+            yield block.unbind(0)
     else:
         num_params = len(grads) // num_tasks
         for k in range(num_params):
-            yield [grads[t * num_params + k].reshape(-1) for t in range(num_tasks)]
+            yield [grads[t * num_params + k] for t in range(num_tasks)]
+
+
+def empty_combination(rows: Sequence[Tensor]) -> Tensor:
+    """What the weighted sum of one parameter's gradients is written to: of their layout, where they share a dense one.
+
+    Strides along sides of length 1 mean nothing and are not compared.
+    """
+    present = [row for row in rows if row.numel() > 0]
+    if not present:
+        return rows[0].new_empty(rows[0].shape)
+    first = present[0]
+    # Dense strides, and only these, are those that torch gives a new tensor like it.
+    layouts = [torch.empty_like(first), *present]
+    if all(_same_layout(first, other) for other in layouts):
+        return torch.empty_like(first)
+    return first.new_empty(first.shape)
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    return all(s == t for size, s, t in zip(a.shape, a.stride(), b.stride(), strict=True) if size != 1)
+
+
+def _combine_rows(rows: Sequence[Tensor], weights: Tensor) -> Tensor:
+    result = empty_combination(rows)
+    wide = torch.promote_types(result.dtype, torch.float32)
+    total = torch.zeros_like(result, dtype=wide)
+    for row, weight in zip(rows, weights.to(wide).unbind(), strict=True):
+        total += weight * (row.to(wide) if row.numel() else 0.0)
+    return result.copy_(total)
 
 
 def _block(rows: Sequence[Tensor], start: int, stop: int) -> Tensor:
