@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -12,6 +13,28 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gradstats.stats import GradStats
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the table of all weightings in the documentation says of one.
+
+    Attributes:
+        title: Name as its paper writes it.
+        paper: Where it was published, such as ``"arXiv 2001.06782"``; ``"ours"`` where it was not.
+        uses: What the weights are computed from: ``"G"`` the Gramian, ``"diag G"`` the norms alone, ``"L"`` the losses,
+            ``"state"`` what earlier steps have left, ``"random"`` a generator; ``"–"`` nothing.
+        cost: Of one decision for ``T`` tasks.
+        sign: Which values weights can have: ``"> 0"``, ``"≥ 0"`` or ``"any"``.
+        tested: What the tests compare it with.
+    """
+
+    title: str
+    paper: str
+    uses: str
+    cost: str
+    sign: str
+    tested: str
 
 
 class Weighting(nn.Module, ABC):
@@ -32,6 +55,7 @@ class Weighting(nn.Module, ABC):
     """
 
     STATE: ClassVar[tuple[str, ...]] = ()
+    FACTS: ClassVar[Facts]  # of those that have a name
 
     def __init__(self, num_tasks: int) -> None:
         super().__init__()
