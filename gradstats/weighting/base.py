@@ -66,7 +66,7 @@ class Weighting(nn.Module, ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the steps still to come will use: any of ``"losses"`` and ``"gramian"``."""
+        """What the steps still to come will use: any of ``"losses"``, ``"gramian"`` and ``"after_step"``."""
         return frozenset()
 
     def wants_stats(self) -> bool:
@@ -85,6 +85,20 @@ class Weighting(nn.Module, ABC):
         Returns:
             Float64 tensor ``[T]`` on the device of ``losses``.
         """
+
+    def after_step(self, losses: Tensor) -> None:
+        """Learn what the optimizer step has achieved; does nothing unless ``needs`` has ``"after_step"``.
+
+        Args:
+            losses: Losses of the same batch after the step, as for :meth:`forward`.
+        """
+
+    def _move_state(self, device: torch.device) -> None:
+        """Let the state follow the losses, so that nothing is copied between devices at every step."""
+        for name in self.STATE:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
 
     def get_extra_state(self) -> Tensor:
         """The attributes named in ``STATE``, for ``state_dict``."""

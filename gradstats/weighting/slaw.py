@@ -50,8 +50,7 @@ class SLAW(Weighting):
 
     def forward(self, losses: Tensor, stats: GradStats | None = None) -> Tensor:
         """Update the moments with the current losses and return the weights that follow; never synchronises."""
-        for name in self.STATE:
-            setattr(self, name, getattr(self, name).to(losses.device))
+        self._move_state(losses.device)
         known = losses.isfinite()
         self.count = self.count + known
         warm_up = round(1.0 / (1.0 - self.beta))
