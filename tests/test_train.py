@@ -251,6 +251,22 @@ def test_mode_max_monitors_the_largest(tmp_path):
     assert torch.load(tmp_path / "best.ckpt", weights_only=True)["progress"]["epoch"] == 2
 
 
+def test_evaluate_judges_the_plain_model_and_may_be_monitored(tmp_path):
+    scores = iter([1.0, 3.0, 2.0])
+    seen = []
+
+    def evaluate(model):
+        seen.append((type(model), model.training, torch.is_grad_enabled(), model.heads["sum"].bias.item()))
+        return {"area": next(scores)}
+
+    trainer = make_trainer(tmp_path, evaluate=evaluate, monitor="val/area", mode="max", max_epochs=3)
+    history = trainer.fit(loaders()[0])
+    assert history.series("val/area") == ([7, 14, 21], [1.0, 3.0, 2.0])
+    assert [row[:3] for row in seen] == [(Net, False, False)] * 3
+    best = torch.load(tmp_path / "best.ckpt", weights_only=True)["model"]
+    assert best["heads.sum.bias"].item() == seen[1][3]
+
+
 def test_seed_makes_runs_repeatable():
     def final(seed):
         trainer = make_trainer(seed=seed)

@@ -82,6 +82,9 @@ class Trainer:
             averaged over them, and batches left over at the end of an epoch are dropped.
         compute_metrics: ``(model, batch) -> {name: tensor}`` for validation: either ``[N]`` values, one per sample
             (or pixel, token...), whose mean over the whole validation set is exact, or a scalar mean over the batch.
+        evaluate: ``(model) -> {name: number}`` for metrics of the whole validation set that are no means over it, such
+            as an area under a curve; called after every epoch, in eval mode, without gradients and with the plain
+            model. With several processes the first one's numbers count.
         scheduler: Learning-rate scheduler of ``optimizer`` whose ``step()`` takes no argument.
         scheduler_interval: Whether the scheduler steps after each ``"epoch"`` or each optimizer ``"step"``.
         max_epochs: Epochs to train; None for no limit.
@@ -118,6 +121,7 @@ class Trainer:
         scalarizer: Scalarizer,
         *,
         compute_metrics: Callable[[Any, Any], Mapping[str, Tensor]] | None = None,
+        evaluate: Callable[[Any], Mapping[str, float]] | None = None,
         scheduler: LRScheduler | None = None,
         scheduler_interval: Literal["epoch", "step"] = "epoch",
         max_epochs: int | None = None,
@@ -157,7 +161,7 @@ class Trainer:
             raise ValueError("directory: expected a folder for the checkpoints, got None")
         self.model, self.scalarizer, self.scheduler = model, scalarizer, scheduler
         self.history, self.progress = History(), Progress()
-        self._compute_losses, self._compute_metrics = compute_losses, compute_metrics
+        self._compute_losses, self._compute_metrics, self._evaluate = compute_losses, compute_metrics, evaluate
         self._scheduler_interval, self._clip_norm = scheduler_interval, clip_norm
         self._max_epochs, self._max_steps = max_epochs, max_steps
         self._monitor, self._mode, self._patience = monitor, mode, patience
@@ -214,7 +218,7 @@ class Trainer:
         """
         if resume is True and self._directory is None:
             raise ValueError("directory: expected the folder to resume from, got None")
-        if val_loader is None and (self._monitor or "").startswith("val/"):
+        if val_loader is None and self._evaluate is None and (self._monitor or "").startswith("val/"):
             raise ValueError(f"val_loader: expected a loader, because {self._monitor!r} is monitored, got None")
         if self._seed is not None:
             self.fabric.seed_everything(self._seed, workers=True, verbose=False)
@@ -322,12 +326,10 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self, loader: Any) -> dict[str, float]:
-        """Mean losses and metrics over the validation samples; nothing without a loader."""
-        if loader is None:
-            return {}
+        """Mean losses and metrics over the validation samples, and what ``evaluate`` says."""
         self._whole.eval()
         losses, metrics = Means(self.scalarizer.tasks), Means()
-        for batch in loader:
+        for batch in () if loader is None else loader:
             samples = batch_size(batch)
             if samples is None:
                 raise ValueError(f"val_loader: expected batches that hold a tensor, got {type(batch).__name__}")
@@ -337,9 +339,11 @@ class Trainer:
                 for name, result in self._forward(self._compute_metrics, batch).items():
                     values = torch.as_tensor(result, dtype=torch.float64, device="cpu")
                     metrics.add(name, float(values.mean()), len(values) if values.ndim else samples)
+        whole = {} if self._evaluate is None else self.fabric.broadcast(dict(self._whole(self._evaluate)))
         return {
             **_prefixed("val/loss", losses.over_ranks(self.fabric).values()),
             **_prefixed("val", metrics.over_ranks(self.fabric).values()),
+            **_prefixed("val", whole),
         }
 
     def _end_epoch(self, validation: Mapping[str, float]) -> None:
