@@ -421,13 +421,18 @@ def plot_weights(
                 f"runs: expected {len(names)} weights at each of {len(steps)} > 0 steps for {method!r}, "
                 f"got rows of {sorted({len(row) for row in weights})} at {len(weights)}"
             )
-    figure, panels = _figure(1, len(runs), width=max(4.2, 1.2 + 3.1 * len(runs)), height=3.3)
-    for panel, (method, (steps, weights)) in zip(panels, runs.items(), strict=True):
+    columns = min(len(runs), 4)
+    rows = math.ceil(len(runs) / columns)
+    figure, panels = _figure(rows, columns, width=max(4.2, 1.2 + 3.1 * columns), height=0.5 + 2.8 * rows)
+    for panel, (method, (steps, weights)) in zip(panels, runs.items(), strict=False):
         for task, name in enumerate(names):
             _line(panel, steps, [float(row[task]) for row in weights], name, task)
         panel.set_title(method)
         panel.set_xlabel("optimizer step")
-    panels[0].set_ylabel(ylabel)
+    for panel in panels[::columns]:
+        panel.set_ylabel(ylabel)
+    for panel in panels[len(runs) :]:
+        panel.set_visible(False)
     if all(float(weight) > 0 for _, weights in runs.values() for row in weights for weight in row):
         panels[0].set_yscale("log")
     _legend_above(figure, panels[0])
@@ -523,7 +528,7 @@ def _interval(panel: Axes, position: int, result: Interval, colour: str) -> None
 
 def _line(panel: Axes, steps: Sequence[float], values: Sequence[float], label: str, position: int) -> None:
     """One line in the colour and dashes of its position, so that neither colour nor print is needed to tell."""
-    style: Any = DASHES[position % len(DASHES)]
+    style: Any = DASHES[(position + position // len(COLOURS)) % len(DASHES)]  # another one when colours come again
     panel.plot(steps, values, label=label, color=COLOURS[position % len(COLOURS)], linestyle=style)
 
 
