@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -193,12 +193,34 @@ def _run(
     else:
         fold, grads, method = _collect_by(method, job, store_dtype, max_bytes, sketch, retain_graph)
     if grads is not None:
-        # Through the leaves' own accumulation, so that what hooks it (DDP, fused optimizers) fires, and once.
-        torch.autograd.backward(list(grads), list(grads.values()))
+        _accumulate(grads)
     elif job.weights is not None:
         cotangents = [weight.to(loss).expand(loss.shape) for weight, loss in zip(job.weights, job.losses, strict=True)]
         torch.autograd.backward(job.losses, cotangents, retain_graph=retain_graph)
     return fold, method
+
+
+def _accumulate(grads: dict[Tensor, Tensor]) -> None:
+    """Empty ``grads`` into ``.grad`` of its leaves, once, through their own accumulation, which others may hook."""
+    leaves, values = list(grads), list(grads.values())
+    grads.clear()
+    root = _Deliver.apply(values, *leaves)
+    torch.autograd.backward(root, torch.zeros_like(root))
+
+
+class _Deliver(torch.autograd.Function):
+    """Gradients that nobody else holds by the time they reach their leaves, which then need not copy them."""
+
+    @staticmethod
+    def forward(ctx: Any, values: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.values = values
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (None, *ctx.values)
+        ctx.values.clear()
+        return grads
 
 
 def _check_visible(job: Job) -> None:

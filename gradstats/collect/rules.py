@@ -56,12 +56,17 @@ class Rows:
     unfold: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     @classmethod
-    def outer_products(cls, left: Tensor, *, transposed: bool = False) -> Rows:
-        """The operand ``[k, o]`` (``[o, k]`` if transposed) of a product with ``left [N, k]`` that is ``[N, o]``."""
+    def outer_products(cls, left: Tensor, *, transposed: bool = False, by_column: bool = False) -> Rows:
+        """The operand ``[k, o]`` (``[o, k]`` if transposed) of a product with ``left [N, k]`` that is ``[N, o]``.
+
+        With ``by_column`` the gradient ``[k, o]`` lies in memory as the ``[o, k]`` that the operand is a transpose of.
+        """
 
         def contract(left: Tensor | None, right: Tensor) -> Tensor:
             assert left is not None
-            return right.mT @ left if transposed else left.mT @ right
+            if transposed:
+                return right.mT @ left
+            return (right.mT @ left).mT if by_column else left.mT @ right
 
         return cls(left, lambda grad: grad, contract, outer=True)
 
@@ -180,12 +185,17 @@ def _addmm(node: AnyNode, child: int, shape: torch.Size) -> Rows | None:
         return None
     if child == 0:
         return Rows.summed(lambda grad: grad, shape) if len(shape) == 1 and shape[0] > 1 else None
-    return Rows.outer_products(node._saved_mat1) if child == 2 else None
+    return Rows.outer_products(node._saved_mat1, by_column=_is_by_column(node)) if child == 2 else None
 
 
 @rule("MmBackward0")
 def _mm(node: AnyNode, child: int, shape: torch.Size) -> Rows | None:
-    return Rows.outer_products(node._saved_self) if child == 1 else None
+    return Rows.outer_products(node._saved_self, by_column=_is_by_column(node)) if child == 1 else None
+
+
+def _is_by_column(node: AnyNode) -> bool:
+    """Whether the second matrix of a product is a transpose, as the weight of ``nn.Linear``."""
+    return bool(node._saved_mat2_sym_strides[0] == 1)
 
 
 @rule("BmmBackward0")

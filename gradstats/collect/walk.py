@@ -81,13 +81,24 @@ def collect_walking(
         The Gramian; with ``job.weights`` the weighted gradient of every leaf that has one (else None); the method:
         "batched" if all segments below the heads were passed so, else "blockwise".
     """
-    walk = _Walk(job, *route(job, batched=batched, max_bytes=max_bytes), must_batch=batched is True)
+    survey, plan = route(job, batched=batched, max_bytes=max_bytes)
+    _keep_freed(plan.bytes)
+    walk = _Walk(job, survey, plan, must_batch=batched is True)
     with warnings.catch_warnings():
         # Operators without a batching rule run task by task: no reason to alarm the user of a model.
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
         walk.run(retain_graph)
     weighted = None if job.weights is None else walk.weighted_leaves()
     return walk.fold, weighted, "batched" if walk.all_batched else "blockwise"
+
+
+def _keep_freed(num_bytes: int) -> None:
+    """Let the C library keep about so much freed memory, which every step frees and the next one takes again.
+
+    glibc gives back to the system what exceeds the largest block freed so far (32 MiB at most), and taking it again
+    costs more page by page than filling it. This block is never touched.
+    """
+    torch.empty(min(num_bytes, (1 << 25) - (1 << 16)), dtype=torch.uint8, device="cpu")
 
 
 def _by_step(here: Survey, plan: Plan) -> Iterator[tuple[Step, list[Segment]]]:
