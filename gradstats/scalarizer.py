@@ -158,6 +158,20 @@ class Scalarizer(nn.Module):
         self._count(means, self._collect(listed, weights))
         return _weighted_sum(means, weights).detach()
 
+    def after_step(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> None:
+        """Tell a weighting whose ``needs`` has ``"after_step"`` (FAMO) what the optimizer step has achieved.
+
+        Call it after ``optimizer.step()`` with the losses of the same batch, computed once more under
+        ``torch.no_grad()``; with ``accumulate > 1`` their means over the micro-batches. For others it does nothing.
+
+        Args:
+            losses: As for :meth:`forward`.
+        """
+        if "after_step" not in self.weighting.needs:
+            return
+        values = _detached(self._means(self._listed(losses)))
+        self.weighting.after_step(_mean_of_known_over_ranks(values) if _distributed() else values)
+
     def _listed(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> list[Tensor | None]:
         """One loss or None for each task, checked."""
         if isinstance(losses, Mapping):
