@@ -7,11 +7,48 @@ from typing import Any
 from gradstats.weighting.autoscale import AutoScale
 from gradstats.weighting.base import Weighting
 from gradstats.weighting.constant import Fixed, Uniform
+from gradstats.weighting.learned import FAMO, IMTL, IMTLL, UW, GradNorm
+from gradstats.weighting.loss_based import DBMTL, DWA, GLS, RLW, STCH, GO4Align
 from gradstats.weighting.slaw import SLAW
 
-_BY_NAME: dict[str, type[Weighting]] = {"uniform": Uniform, "fixed": Fixed, "autoscale": AutoScale, "slaw": SLAW}
+_BY_NAME: dict[str, type[Weighting]] = {
+    "uniform": Uniform,
+    "fixed": Fixed,
+    "autoscale": AutoScale,
+    "slaw": SLAW,
+    "uw": UW,
+    "dwa": DWA,
+    "rlw": RLW,
+    "gls": GLS,
+    "famo": FAMO,
+    "stch": STCH,
+    "imtl": IMTL,
+    "imtl_l": IMTLL,
+    "gradnorm": GradNorm,
+    "db_mtl": DBMTL,
+    "go4align": GO4Align,
+}
 
-__all__ = ["SLAW", "AutoScale", "Fixed", "Uniform", "Weighting", "available", "create"]
+__all__ = [
+    "DBMTL",
+    "DWA",
+    "FAMO",
+    "GLS",
+    "IMTL",
+    "IMTLL",
+    "RLW",
+    "SLAW",
+    "STCH",
+    "UW",
+    "AutoScale",
+    "Fixed",
+    "GO4Align",
+    "GradNorm",
+    "Uniform",
+    "Weighting",
+    "available",
+    "create",
+]
 
 
 def available() -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -138,3 +139,18 @@ def unpacked(state: Tensor, like: Sequence[int | Tensor]) -> list[int | Tensor] 
         part.clone().reshape(old.shape) if isinstance(old, Tensor) else int(part)
         for part, old in zip(parts, like, strict=True)
     ]
+
+
+def checked_positive(name: str, value: float) -> float:
+    """``value``, or a ValueError that names the argument."""
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{name}: expected a positive number, got {value!r}")
+    return value
+
+
+def checked_numbers(name: str, values: Sequence[float] | None, count: int, *, default: float) -> Tensor:
+    """``count`` finite numbers as a float64 tensor, or a ValueError that names the argument; ``default`` for None."""
+    numbers = [default] * count if values is None else [float(value) for value in values]
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name}: expected {count} finite numbers, got {numbers}")
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
