@@ -1,7 +1,7 @@
-// Reads the arguments of gradstats::gram (see gradstats/ops/__init__.py) into one Walk per parameter.
+// Reads the arguments of the operators (see gradstats/ops/__init__.py) into one Walk per parameter.
 //
 // gradstats.pairwise gives the user clear errors first; the checks here are the cheap ones that keep a direct call
-// of the operator from reading out of bounds.
+// of an operator from reading out of bounds.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -26,7 +26,7 @@ inline DType dtype_of(const Tensor& tensor) {
     case ScalarType::Double: return DType::float64;
     case ScalarType::Half: return DType::float16;
     case ScalarType::BFloat16: return DType::bfloat16;
-    default: STD_TORCH_CHECK(false, "gradstats::gram: expected float32, float64, float16 or bfloat16 tensors");
+    default: STD_TORCH_CHECK(false, "gradstats: expected float32, float64, float16 or bfloat16 tensors");
   }
   return DType::float32;
 }
@@ -49,7 +49,7 @@ inline RowArgument row_argument(const Tensor& tensor) {
 // Appends a row whose shape and dtype must be those of the rows before it.
 inline void append_row(Walk& walk, const RowArgument& row) {
   STD_TORCH_CHECK(row.dim == walk.num_loops() && std::equal(row.sizes, row.sizes + row.dim, walk.sizes.data()),
-                  "gradstats::gram: tensors of one parameter differ in shape");
+                  "gradstats: tensors of one parameter differ in shape");
   walk.data.push_back(row.data);
   walk.strides.insert(walk.strides.end(), row.strides, row.strides + row.dim);
 }
@@ -75,13 +75,13 @@ inline Walk walk_of_list(const std::vector<Tensor>& grads, int64_t num_tasks, in
   const auto present = std::find_if(rows.begin(), rows.end(), [](const RowArgument& row) { return row.data; });
   Walk walk;
   if (present == rows.end()) return walk;
-  set_shape(walk, present->sizes, present->dim, present->dtype, num_tasks + 1);
+  set_shape(walk, present->sizes, present->dim, present->dtype, num_tasks + 2);
   for (const RowArgument& row : rows) {
     if (row.data == nullptr) {
       append_missing(walk);
       continue;
     }
-    STD_TORCH_CHECK(row.dtype == walk.dtype, "gradstats::gram: tensors of one parameter differ in dtype");
+    STD_TORCH_CHECK(row.dtype == walk.dtype, "gradstats: tensors of one parameter differ in dtype");
     append_row(walk, row);
   }
   return walk;
@@ -94,10 +94,10 @@ inline int64_t element_size(DType dtype) {
 inline Walk walk_of_block(const Tensor& block, int64_t num_tasks) {
   const RowArgument whole = row_argument(block);
   STD_TORCH_CHECK(whole.dim >= 1 && whole.sizes[0] == num_tasks,
-                  "gradstats::gram: expected stacked blocks of shape [num_tasks, ...]");
+                  "gradstats: expected stacked blocks of shape [num_tasks, ...]");
   Walk walk;
   if (whole.data == nullptr) return walk;
-  set_shape(walk, whole.sizes + 1, whole.dim - 1, whole.dtype, num_tasks + 1);
+  set_shape(walk, whole.sizes + 1, whole.dim - 1, whole.dtype, num_tasks + 2);
   const int64_t row_bytes = whole.strides[0] * element_size(whole.dtype);
   for (int64_t t = 0; t < num_tasks; ++t) {
     const void* data = static_cast<const char*>(whole.data) + t * row_bytes;
@@ -106,16 +106,22 @@ inline Walk walk_of_block(const Tensor& block, int64_t num_tasks) {
   return walk;
 }
 
-// The walks of all parameters that have entries.
-inline std::vector<Walk> read_arguments(const std::vector<Tensor>& grads, int64_t num_tasks,
-                                        const std::vector<Tensor>& metric, bool stacked) {
-  STD_TORCH_CHECK(num_tasks >= 1 && !grads.empty(), "gradstats::gram: expected at least one task and one tensor");
+inline int64_t count_parameters(const std::vector<Tensor>& grads, int64_t num_tasks, bool stacked) {
+  STD_TORCH_CHECK(num_tasks >= 1 && !grads.empty(), "gradstats: expected at least one task and one tensor");
   const int64_t count = static_cast<int64_t>(grads.size());
-  STD_TORCH_CHECK(stacked || count % num_tasks == 0, "gradstats::gram: ", count,
+  STD_TORCH_CHECK(stacked || count % num_tasks == 0, "gradstats: ", count,
                   " tensors are not a multiple of num_tasks = ", num_tasks);
-  const int64_t num_params = stacked ? count : count / num_tasks;
+  return stacked ? count : count / num_tasks;
+}
+
+// The walks of all parameters that have entries; the rows are the tasks, then the metric and then what the gradients
+// are combined to, where there are such.
+inline std::vector<Walk> read_arguments(const std::vector<Tensor>& grads, int64_t num_tasks,
+                                        const std::vector<Tensor>& metric, bool stacked,
+                                        const std::vector<Tensor>& combined = {}) {
+  const int64_t num_params = count_parameters(grads, num_tasks, stacked);
   STD_TORCH_CHECK(metric.empty() || static_cast<int64_t>(metric.size()) == num_params,
-                  "gradstats::gram: expected a metric of ", num_params, " tensors, got ", metric.size());
+                  "gradstats: expected a metric of ", num_params, " tensors, got ", metric.size());
   std::vector<Walk> walks;
   walks.reserve(num_params);
   for (int64_t k = 0; k < num_params; ++k) {
@@ -127,6 +133,7 @@ inline std::vector<Walk> read_arguments(const std::vector<Tensor>& grads, int64_
       walk.metric_dtype = row.dtype;
       append_row(walk, row);
     }
+    if (!combined.empty()) append_row(walk, row_argument(combined[k]));
     simplify(walk, num_tasks);
     walks.push_back(std::move(walk));
   }

@@ -15,7 +15,7 @@
 namespace gradstats {
 
 // One parameter across tasks. `strides` holds, for each row, as many entries as `sizes` (outermost loop first, in
-// elements); the rows are the tasks and then, where there is one, the metric. A null pointer is a row of zeros.
+// elements); the rows are the tasks and then what belongs to the parameter itself. A null pointer is a row of zeros.
 struct Walk {
   int64_t parameter = 0;  // its position in the argument list
   int64_t numel = 0;

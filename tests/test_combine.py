@@ -359,3 +359,19 @@ def test_fake_tensors_have_the_layout_of_real_ones(problem: tuple[list[list[Tens
         fake_gram, fake = ops.gram_combine(fakes, len(rows), mode.from_tensor(weights), fake_metric)
     for real, other in zip([gram, *combined], [fake_gram, *fake], strict=True):
         assert (real.shape, real.stride(), real.dtype) == (other.shape, other.stride(), other.dtype)
+
+
+@needs_compiled
+@pytest.mark.parametrize(
+    "weights",
+    [torch.ones(2, dtype=torch.float64), torch.ones(3, 1, dtype=torch.float64), torch.ones(3)],
+    ids=["too few", "a matrix", "float32"],
+)
+def test_the_raw_operators_reject_weights_that_they_could_not_read(weights: Tensor) -> None:
+    grads = [torch.ones(4)] * 3
+    for call in (
+        lambda: torch.ops.gradstats.combine(grads, 3, weights, False),
+        lambda: torch.ops.gradstats.gram_combine(grads, 3, weights, [], False),
+    ):
+        with pytest.raises(RuntimeError, match=r"expected float64 weights of shape \[3\]"):
+            call()

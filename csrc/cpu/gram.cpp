@@ -1,4 +1,4 @@
-// gradstats::gram for CPU tensors.
+// gradstats::gram, combine and gram_combine for CPU tensors.
 #include <Python.h>
 
 #include <torch/csrc/stable/macros.h>
@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -15,7 +16,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../gram_args.h"
+#include "../combine_args.h"
 
 namespace gradstats {
 namespace {
@@ -29,6 +30,7 @@ struct Problem {
   std::vector<Walk> walks;
   int64_t num_tasks;
   bool has_metric;
+  const double* weights;  // null: nothing is combined, and the walks have no row for it
   std::vector<int64_t> starts = {0};  // of each parameter in the concatenation of all, and the end
   std::vector<bool> is_run = {};      // whether a parameter can be read without conversion beforehand
 
@@ -53,7 +55,7 @@ using Buffer = std::unique_ptr<double, Free>;
 Buffer allocate(int64_t count) {
   const size_t bytes = (count * sizeof(double) + 63) / 64 * 64;
   auto* p = static_cast<double*>(std::aligned_alloc(64, bytes));
-  STD_TORCH_CHECK(p != nullptr, "gradstats::gram: out of memory");
+  STD_TORCH_CHECK(p != nullptr, "gradstats: out of memory");
   return Buffer(p);
 }
 
@@ -73,9 +75,13 @@ Vector<float, 2> half(Vector<float, 4> v) {
 }
 inline float total(Vector<float, 2> v) { return v[0] + v[1]; }
 #include "gram_kernel.h"
+#include "combine_kernel.h"
 }  // namespace portable
 
-using SlotFn = void (*)(const Problem&, int64_t, int64_t, double*);
+struct Kernels {
+  void (*gram_slot)(const Problem&, int64_t begin, int64_t end, double* sums);
+  void (*combine_slot)(const Problem&, int64_t begin, int64_t end);
+};
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 // GCC 12 splits __builtin_convertvector into halves here, hence the intrinsics.
@@ -96,6 +102,7 @@ Vector<float, 4> half(Vector<float, 8> v) {
 }
 inline float total(Vector<float, 4> v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 #include "gram_kernel.h"
+#include "combine_kernel.h"
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -114,22 +121,23 @@ Vector<float, 8> half(Vector<float, 16> v) {
 }
 inline float total(Vector<float, 8> v) { return avx2::total(avx2::half<0>(v) + avx2::half<1>(v)); }
 #include "gram_kernel.h"
+#include "combine_kernel.h"
 }  // namespace avx512
 #pragma GCC pop_options
 
 // The best that the processor has; GRADSTATS_CPU_ISA (portable, avx2) holds it back for tests.
-SlotFn choose_slot_fn() {
+Kernels choose_kernels() {
   const char* limit = std::getenv("GRADSTATS_CPU_ISA");
   const bool allow_avx2 = limit == nullptr || std::strcmp(limit, "portable") != 0;
   const bool allow_avx512 = allow_avx2 && (limit == nullptr || std::strcmp(limit, "avx2") != 0);
   if (allow_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return avx512::gram_slot;
-  if (allow_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::gram_slot;
-  return portable::gram_slot;
+    return {avx512::gram_slot, avx512::combine_slot};
+  if (allow_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {avx2::gram_slot, avx2::combine_slot};
+  return {portable::gram_slot, portable::combine_slot};
 }
 #else
-SlotFn choose_slot_fn() { return portable::gram_slot; }
+Kernels choose_kernels() { return {portable::gram_slot, portable::combine_slot}; }
 #endif
 
 // ---- the operator ---------------------------------------------------------------------------------------------------
@@ -146,25 +154,41 @@ int64_t num_slots(int64_t entries, int64_t num_tasks) {
   return std::clamp<int64_t>(entries * num_tasks / kMinReads, 1, most);
 }
 
-Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> metric, bool stacked) {
-  static const SlotFn slot_fn = choose_slot_fn();
-  Problem problem{read_arguments(grads, num_tasks, metric, stacked), num_tasks, !metric.empty()};
+const Kernels& kernels() {
+  static const Kernels chosen = choose_kernels();
+  return chosen;
+}
+
+Problem make_problem(std::vector<Walk> walks, int64_t num_tasks, bool has_metric, const double* weights) {
+  Problem problem{std::move(walks), num_tasks, has_metric, weights};
   for (const Walk& walk : problem.walks) {
     problem.starts.push_back(problem.starts.back() + walk.numel);
-    problem.is_run.push_back(metric.empty() && is_run(walk, num_tasks));
+    problem.is_run.push_back(!has_metric && is_run(walk, num_tasks));
   }
+  return problem;
+}
 
+// Calls `function(slot, begin, end)` for the ranges of the entries, on all cores.
+template <class Function>
+void for_each_slot(const Problem& problem, int64_t slots, const Function& function) {
   const int64_t entries = problem.starts.back();
-  const int64_t slots = num_slots(entries, num_tasks), num_pairs = num_tasks * (num_tasks + 1) / 2;
   const int64_t slot_entries = (entries + slots * kGrain - 1) / (slots * kGrain) * kGrain;
-  std::vector<double> sums(slots * num_pairs);
   torch::stable::parallel_for(0, slots, 1, [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s)
-      slot_fn(problem, std::min(entries, s * slot_entries), std::min(entries, (s + 1) * slot_entries),
-              sums.data() + s * num_pairs);
+      function(s, std::min(entries, s * slot_entries), std::min(entries, (s + 1) * slot_entries));
+  });
+}
+
+// The Gramian, float64 [T, T], allocated like `like`; on the way the weighted sums, where the problem has weights.
+Tensor run_gram(const Problem& problem, const Tensor& like) {
+  const int64_t num_tasks = problem.num_tasks, num_pairs = num_tasks * (num_tasks + 1) / 2;
+  const int64_t slots = num_slots(problem.starts.back(), num_tasks);
+  std::vector<double> sums(slots * num_pairs);
+  for_each_slot(problem, slots, [&](int64_t slot, int64_t begin, int64_t end) {
+    kernels().gram_slot(problem, begin, end, sums.data() + slot * num_pairs);
   });
 
-  Tensor result = torch::stable::new_empty(grads[0], {num_tasks, num_tasks}, torch::headeronly::ScalarType::Double);
+  Tensor result = torch::stable::new_empty(like, {num_tasks, num_tasks}, torch::headeronly::ScalarType::Double);
   double* out = result.mutable_data_ptr<double>();
   for (int64_t i = 0, pair = 0; i < num_tasks; ++i)
     for (int64_t j = i; j < num_tasks; ++j, ++pair) {
@@ -175,10 +199,40 @@ Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> me
   return result;
 }
 
+Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> metric, bool stacked) {
+  auto walks = read_arguments(grads, num_tasks, metric, stacked);
+  return run_gram(make_problem(std::move(walks), num_tasks, !metric.empty(), nullptr), grads[0]);
+}
+
+std::vector<Tensor> combine(std::vector<Tensor> grads, int64_t num_tasks, Tensor weights, bool stacked) {
+  weights = read_weights(weights, num_tasks);
+  std::vector<Tensor> combined = empty_combinations(grads, num_tasks, stacked);
+  auto walks = read_arguments(grads, num_tasks, {}, stacked, combined);
+  const Problem problem = make_problem(std::move(walks), num_tasks, false, weights.const_data_ptr<double>());
+  for_each_slot(problem, num_slots(problem.starts.back(), num_tasks), [&](int64_t, int64_t begin, int64_t end) {
+    kernels().combine_slot(problem, begin, end);
+  });
+  return combined;
+}
+
+std::tuple<Tensor, std::vector<Tensor>> gram_combine(std::vector<Tensor> grads, int64_t num_tasks, Tensor weights,
+                                                     std::vector<Tensor> metric, bool stacked) {
+  weights = read_weights(weights, num_tasks);
+  std::vector<Tensor> combined = empty_combinations(grads, num_tasks, stacked);
+  auto walks = read_arguments(grads, num_tasks, metric, stacked, combined);
+  const double* const data = weights.const_data_ptr<double>();
+  Tensor gramian = run_gram(make_problem(std::move(walks), num_tasks, !metric.empty(), data), grads[0]);
+  return {gramian, combined};
+}
+
 }  // namespace
 }  // namespace gradstats
 
-STABLE_TORCH_LIBRARY_IMPL(gradstats, CPU, library) { library.impl("gram", TORCH_BOX(&gradstats::gram)); }
+STABLE_TORCH_LIBRARY_IMPL(gradstats, CPU, library) {
+  library.impl("gram", TORCH_BOX(&gradstats::gram));
+  library.impl("combine", TORCH_BOX(&gradstats::combine));
+  library.impl("gram_combine", TORCH_BOX(&gradstats::gram_combine));
+}
 
 // Importing the module is what loads the library; it has no Python functions of its own.
 PyMODINIT_FUNC PyInit__C() {

@@ -97,22 +97,30 @@ void convert_run(const In* __restrict in, int64_t count, double* __restrict out)
   for (; c < count; ++c) out[c] = to_double(in[c]);
 }
 
-// Entries [begin, begin + count) of one row's walk.
-template <class In>
-void convert(const Walk& walk, int64_t row, int64_t begin, int64_t count, double* __restrict out) {
+// Calls `function(data, step, count)` for each stretch of equal steps in entries [begin, begin + count) of a row's walk.
+template <class In, class Function>
+void for_each_stretch(const Walk& walk, int64_t row, int64_t begin, int64_t count, const Function& function) {
   const int64_t* strides = walk.row_strides(row);
   const int64_t last = walk.num_loops() - 1, inner = walk.sizes[last], step = strides[last];
   while (count > 0) {
     const int64_t at = begin % inner, run = std::min(count, inner - at);
     int64_t offset = at * step, outer = begin / inner;
     for (int64_t d = last - 1; d >= 0; outer /= walk.sizes[d--]) offset += outer % walk.sizes[d] * strides[d];
-    const In* in = static_cast<const In*>(walk.data[row]) + offset;
+    function(static_cast<const In*>(walk.data[row]) + offset, step, run);
+    begin += run, count -= run;
+  }
+}
+
+// Entries [begin, begin + count) of one row's walk.
+template <class In>
+void convert(const Walk& walk, int64_t row, int64_t begin, int64_t count, double* __restrict out) {
+  for_each_stretch<In>(walk, row, begin, count, [&](const In* in, int64_t step, int64_t run) {
     if (step == 1)
       convert_run(in, run, out);
     else
       for (int64_t c = 0; c < run; ++c) out[c] = to_double(in[c * step]);
-    out += run, begin += run, count -= run;
-  }
+    out += run;
+  });
 }
 
 inline void convert_row(const Walk& walk, int64_t row, DType dtype, int64_t begin, int64_t count, double* out) {
@@ -280,12 +288,23 @@ bool add_products(const void* const* rows, int64_t from, int64_t count, int64_t 
 
 // ---- one slot -----------------------------------------------------------------------------------------------------
 
+// Writes the weighted sums of entries [from, stop) of parameter k (combine_kernel.h).
+void combine(const Problem& problem, int64_t k, int64_t from, int64_t stop);
+
+// Entries of a parameter that stay in cache from their products to their weighted sums. The products are cut like that
+// where nothing is combined, too: in whole chunks, to give the same sums.
+inline int64_t span_entries(DType dtype, int64_t num_tasks) {
+  constexpr int64_t kSpanBytes = 1 << 16, kChunks = std::max(kChunk<float>, kChunk<double>);
+  return std::max<int64_t>(1, kSpanBytes / (num_tasks * element_size(dtype) * kChunks)) * kChunks;
+}
+
 struct Slot {
   const Problem& problem;
   int64_t num_tasks = problem.num_tasks;
   int64_t num_pairs = num_tasks * (num_tasks + 1) / 2;
   Scratch scratch{num_tasks};
   std::vector<const void*> block_rows = std::vector<const void*>(num_tasks);
+  int64_t filled = 0;  // columns of the block, in which small pieces gather
 
   // Adds whole chunks of a parameter whose rows are runs, straight from where they lie. Returns where they end.
   template <class In>
@@ -349,25 +368,33 @@ struct Slot {
     add_products<double, double>(block_rows.data(), 0, count, num_tasks, scratch);
   }
 
+  // Adds entries [from, stop) of parameter k.
+  void add(int64_t k, int64_t from, int64_t stop) {
+    const Walk& walk = problem.walks[k];
+    if (problem.is_run[k]) {
+      // Whole chunks need the block for themselves.
+      if (filled > 0 && stop - from >= std::min(kChunk<float>, kChunk<double>)) add_block(std::exchange(filled, 0));
+      from = add_runs(walk, from, stop);
+    }
+    while (from < stop) {
+      const int64_t count = std::min(kChunk<double> - filled, stop - from);
+      convert_piece(walk, from, count, filled);
+      from += count, filled += count;
+      if (filled == kChunk<double>) add_block(std::exchange(filled, 0));
+    }
+  }
+
   void run(int64_t begin, int64_t end) {
     std::fill_n(scratch.sums.get(), num_pairs * kLanes<double>, 0.0);
-    int64_t filled = 0;  // small pieces gather in the block
     for (int64_t k = problem.parameter_at(begin); begin < end; ++k) {
-      const Walk& walk = problem.walks[k];
-      int64_t from = begin - problem.starts[k];
-      const int64_t stop = std::min(walk.numel, end - problem.starts[k]);
-      begin += stop - from;
-      if (problem.is_run[k]) {
-        // Whole chunks need the block for themselves.
-        if (filled > 0 && stop - from >= std::min(kChunk<float>, kChunk<double>)) add_block(std::exchange(filled, 0));
-        from = add_runs(walk, from, stop);
+      const int64_t stop = std::min(problem.walks[k].numel, end - problem.starts[k]);
+      const int64_t span = span_entries(problem.walks[k].dtype, num_tasks);
+      for (int64_t next, from = begin - problem.starts[k]; from < stop; from = next) {
+        next = std::min(stop, from + span);
+        add(k, from, next);
+        if (problem.weights != nullptr) combine(problem, k, from, next);
       }
-      while (from < stop) {
-        const int64_t count = std::min(kChunk<double> - filled, stop - from);
-        convert_piece(walk, from, count, filled);
-        from += count, filled += count;
-        if (filled == kChunk<double>) add_block(std::exchange(filled, 0));
-      }
+      begin = problem.starts[k] + stop;
     }
     if (filled > 0) add_block(filled);
   }
