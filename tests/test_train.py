@@ -175,6 +175,28 @@ def test_accumulated_batches_equal_one_large_batch():
         torch.testing.assert_close(small[name], large[name], rtol=1e-4, atol=1e-6)
 
 
+def test_famo_sees_each_step_once_more():
+    trainer = make_trainer(weighting="famo", max_epochs=1, options={"accumulate": 2})
+    trainer.fit(DataLoader(data(48), 8))
+    torch.manual_seed(1)
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    scalarizer = Scalarizer("famo", tasks=TASKS, accumulate=2)
+    batches = list(DataLoader(data(48), 8))
+    for pair in zip(batches[::2], batches[1::2], strict=True):
+        for batch in pair:
+            (scalarizer(compute_losses(model, batch)) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            first, second = (compute_losses(model, batch) for batch in pair)
+        scalarizer.after_step({task: (first[task] + second[task]) / 2 for task in TASKS})
+    torch.testing.assert_close(trainer.scalarizer.weighting.learned, scalarizer.weighting.learned)
+    assert scalarizer.weighting.learned.abs().min() > 0.01
+    for name, parameter in model.state_dict().items():
+        torch.testing.assert_close(trainer.model.state_dict()[name], parameter)
+
+
 def test_tasks_may_be_missing():
     def losses(model, batch):
         out = compute_losses(model, batch)
@@ -238,6 +260,28 @@ def test_early_stopping_and_best_checkpoint(tmp_path):
         tmp_path, compute_metrics=metrics, max_epochs=6, monitor="val/scripted", patience=3, options={"record_every": 5}
     )
     assert len(resumed.fit(*loaders(16), resume=True).epochs) == 5, "a run that stopped stays stopped"
+
+
+def test_the_best_model_can_be_restored(tmp_path):
+    values = [5.0, 3.0, 4.0]
+
+    def metrics(_, batch):
+        return {"scripted": torch.full((len(batch[0]),), values[trainer.progress.epoch])}
+
+    options = {"compute_metrics": metrics, "max_epochs": 3, "monitor": "val/scripted", "restore_best": True}
+    trainer = make_trainer(tmp_path, **options)
+    assert len(trainer.fit(*loaders(16)).epochs) == 3
+    best, last = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["model"] for name in ("best", "last"))
+    assert_same(dict(trainer.model.state_dict()), dict(best))
+    assert not torch.equal(best["heads.sum.bias"], last["heads.sum.bias"])
+    resumed = make_trainer(tmp_path, **options)
+    resumed.fit(*loaders(16), resume=True)
+    assert_same(dict(resumed.model.state_dict()), dict(best))
+    # Without a best epoch the model stays as it is; what another run has left in the folder is not taken for it.
+    values[:] = [math.nan] * 3
+    trainer = make_trainer(tmp_path, **options)
+    trainer.fit(*loaders(16))
+    assert_same(dict(trainer.model.state_dict()), dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["model"]))
 
 
 def test_mode_max_monitors_the_largest(tmp_path):
@@ -334,6 +378,8 @@ def test_non_finite_loss_names_the_task_and_spares_the_parameters(tmp_path):
         ({"log_every": 1.5}, "log_every: expected a positive integer"),
         ({"checkpoint_every": 3}, "directory: expected a folder"),
         ({"patience": 3}, "monitor: expected the name of a metric"),
+        ({"restore_best": True}, "monitor: expected the name of a metric"),
+        ({"restore_best": True, "monitor": "val/loss/sum"}, "directory: expected a folder"),
         ({"mode": "best"}, "mode: expected one of"),
         ({"scheduler_interval": "batch"}, "scheduler_interval: expected one of"),
         ({"clip_norm": 0.0}, "clip_norm: expected a positive number"),
