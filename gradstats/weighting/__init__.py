@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from gradstats.weighting.autoscale import AutoScale
@@ -48,12 +49,19 @@ __all__ = [
     "Weighting",
     "available",
     "create",
+    "options",
 ]
 
 
 def available() -> tuple[str, ...]:
     """Names that :func:`create` knows."""
     return tuple(_BY_NAME)
+
+
+def options(name: str) -> dict[str, inspect.Parameter]:
+    """What :func:`create` takes for the weighting called ``name``, beside the number of tasks."""
+    _num_tasks, *parameters = inspect.signature(_BY_NAME[name]).parameters.items()
+    return dict(parameters)
 
 
 def create(name: str, num_tasks: int, **options: Any) -> Weighting:
