@@ -51,7 +51,7 @@ def extensions() -> list:
     found = [
         CppExtension(
             "gradstats._C",
-            ["csrc/cpu/gram.cpp"],
+            ["csrc/cpu/gram.cpp", "csrc/cpu/limits.cpp"],
             depends=HEADERS,
             extra_compile_args=[*COMMON_FLAGS, "-g0", "-Wall"],
             py_limited_api=True,
@@ -63,7 +63,7 @@ def extensions() -> list:
         found.append(
             CUDAExtension(
                 "gradstats._C_cuda",
-                ["csrc/cuda/gram.cu"],
+                ["csrc/cuda/gram.cu", "csrc/cuda/limits.cu"],
                 depends=HEADERS,
                 extra_compile_args={"cxx": [*flags, "-g0"], "nvcc": flags},
                 py_limited_api=True,
