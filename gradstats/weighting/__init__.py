@@ -8,9 +8,23 @@ from typing import Any
 from gradstats.weighting.autoscale import AutoScale
 from gradstats.weighting.base import Weighting
 from gradstats.weighting.constant import Fixed, Uniform
+from gradstats.weighting.gram_based import (
+    IMTLG,
+    MGDA,
+    AlignedMTL,
+    CAGrad,
+    ConFIG,
+    DualProj,
+    ExactSLW,
+    FairGrad,
+    NashMTL,
+    UPGrad,
+)
 from gradstats.weighting.learned import FAMO, IMTL, IMTLL, UW, GradNorm
 from gradstats.weighting.loss_based import DBMTL, DWA, GLS, RLW, STCH, GO4Align
 from gradstats.weighting.slaw import SLAW
+from gradstats.weighting.surgery import GradVac, PCGrad
+from gradstats.weighting.two_batch import MoDo, SDMGrad
 
 _BY_NAME: dict[str, type[Weighting]] = {
     "uniform": Uniform,
@@ -28,6 +42,20 @@ _BY_NAME: dict[str, type[Weighting]] = {
     "gradnorm": GradNorm,
     "db_mtl": DBMTL,
     "go4align": GO4Align,
+    "exact_slw": ExactSLW,
+    "mgda": MGDA,
+    "pcgrad": PCGrad,
+    "gradvac": GradVac,
+    "cagrad": CAGrad,
+    "imtl_g": IMTLG,
+    "nash_mtl": NashMTL,
+    "fairgrad": FairGrad,
+    "aligned_mtl": AlignedMTL,
+    "upgrad": UPGrad,
+    "dualproj": DualProj,
+    "config": ConFIG,
+    "sdmgrad": SDMGrad,
+    "modo": MoDo,
 }
 
 __all__ = [
@@ -36,15 +64,29 @@ __all__ = [
     "FAMO",
     "GLS",
     "IMTL",
+    "IMTLG",
     "IMTLL",
+    "MGDA",
     "RLW",
     "SLAW",
     "STCH",
     "UW",
+    "AlignedMTL",
     "AutoScale",
+    "CAGrad",
+    "ConFIG",
+    "DualProj",
+    "ExactSLW",
+    "FairGrad",
     "Fixed",
     "GO4Align",
     "GradNorm",
+    "GradVac",
+    "MoDo",
+    "NashMTL",
+    "PCGrad",
+    "SDMGrad",
+    "UPGrad",
     "Uniform",
     "Weighting",
     "available",

@@ -1,0 +1,263 @@
+"""Small convex problems on Gramians, solved exactly in float64: pure functions of numpy arrays.
+
+Gradients enter as their norms ``n`` and cosines ``C`` (``G = diag(n) C diag(n)``), and solutions leave as coefficients
+``y`` of the *unit* gradients, ``w = y / n``: what is solved is then as well scaled as the directions allow, however far
+the scales of the tasks are apart. numpy, because a call on a 2 × 2 matrix costs 1 to 5 µs in it and two to three times
+that in torch, and since nothing here gains from a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[np.float64]
+Mask: TypeAlias = NDArray[np.bool_]
+
+EPS = float(np.finfo(np.float64).eps)
+#: Added to the unit diagonal, so that solutions are unique where gradients are dependent (those of least norm, nearly).
+#: It gives up what gradients span only at an angle below 1e-6 of each other; rounding of G itself hides angles of 1e-8.
+RIDGE = 1e-12
+_STATIONARY = 1e-6  # a convex combination this short, beside the shortest gradient, counts as zero
+_STALLED = 3  # full exchanges without progress before single ones, as in the paper
+_FEW, _GUESSES = 64, 16  # with more unknowns than that, gradient steps find the first guess
+
+
+def positive_definite(cosine: Array) -> Array:
+    """The matrix plus ``RIDGE``; before, the nearest semidefinite one where estimates have made it indefinite."""
+    shifted: Array = cosine + RIDGE * np.eye(len(cosine))
+    try:
+        np.linalg.cholesky(shifted)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(cosine)
+        shifted = (vectors * (values.clip(0.0) + 2 * RIDGE)) @ vectors.T
+    return shifted
+
+
+def nonnegative_qp(matrix: Array, linear: Array, guess: Mask | None = None) -> Array:
+    """``argmin ½ zᵀ A z − bᵀ z`` over ``z ≥ 0`` for every row ``b`` of ``linear``.
+
+    Block principal pivoting (Júdice & Pires, 1994; for many right-hand sides Kim & Park, 2011): guess which entries are
+    positive, solve for those, exchange the entries that contradict the guess, repeat. All problems advance at once. It
+    ends after finitely many exchanges for a positive definite ``A``; two or three are usual. That the first guess comes
+    from some projected gradient steps, where solving is dearer than those, is our choice.
+
+    Args:
+        matrix: ``A``, positive definite with entries of order 1, ``[T, T]``.
+        linear: ``b`` of ``K`` problems, ``[K, T]``.
+        guess: Which entries are probably positive, ``[K, T]``.
+
+    Returns:
+        ``[K, T]``.
+    """
+    num_problems, num_tasks = linear.shape
+    passive = _positive_guess(matrix, linear) if guess is None else guess.copy()
+    solution = np.zeros_like(linear)
+    todo = np.arange(num_problems)
+    fewest, patience = np.full(num_problems, num_tasks + 1), np.full(num_problems, _STALLED)
+    for _ in range(20 * num_tasks):
+        tried = passive[todo]
+        found = _solved_on(matrix, linear[todo], tried)
+        slope = found @ matrix - linear[todo]
+        tolerance = 1e-10 * (1.0 + np.abs(found).max(1, keepdims=True))
+        wrong = np.where(tried, found, slope) < -tolerance
+        solution[todo] = np.maximum(found, 0.0)
+        left = wrong.any(1)
+        if not left.any():
+            break
+        todo, wrong, count = todo[left], wrong[left], wrong.sum(1)[left]
+        progress = count < fewest[todo]
+        fewest[todo] = np.where(progress, count, fewest[todo])
+        patience[todo] = np.where(progress, _STALLED, patience[todo] - 1)
+        stuck = patience[todo] < 0
+        if stuck.any():  # exchanging everything may cycle; exchanging the last wrong entry alone cannot (Murty's rule)
+            last = num_tasks - 1 - wrong[:, ::-1].argmax(1)
+            wrong &= ~stuck[:, None] | (np.arange(num_tasks) == last[:, None])
+        passive[todo] ^= wrong
+    return solution
+
+
+def _positive_guess(matrix: Array, linear: Array) -> Mask:
+    """Which entries of the solutions are probably positive: projected gradient steps with Nesterov's momentum."""
+    point = linear
+    if linear.size > _FEW:
+        step = 1.0 / float(np.abs(matrix).sum(0).max())
+        kept, moved = np.eye(len(matrix)) - step * matrix, step * linear
+        last = np.maximum(linear, 0.0)
+        ahead = last
+        for count in range(_GUESSES):
+            point = ahead @ kept + moved
+            here = np.maximum(point, 0.0)
+            ahead = here + count / (count + 3.0) * (here - last)
+            last = here
+    return point > 0.0
+
+
+def _solved_on(matrix: Array, linear: Array, passive: Mask) -> Array:
+    """Solve every problem on its passive entries, the others being zero; all in one size, filled up by the identity."""
+    size = int(passive.sum(1).max())
+    index = np.argsort(~passive, axis=1, kind="stable")[:, :size]
+    rows = np.arange(len(linear))[:, None]
+    outside = ~passive[rows, index]
+    blocks = matrix[index[:, :, None], index[:, None, :]]
+    targets = linear[rows, index]
+    if outside.any():
+        blocks[outside] = 0.0
+        blocks.transpose(0, 2, 1)[outside] = 0.0
+        blocks.reshape(len(linear), -1)[:, :: size + 1] += outside
+        targets[outside] = 0.0
+    values = np.linalg.solve(blocks, targets[:, :, None])[:, :, 0]
+    result = np.zeros_like(linear)
+    result[rows, index] = values
+    return result
+
+
+def dual_cone(cosine: Array, targets: Array) -> Array:
+    """Project combinations of the gradients onto the cone of directions that agree with all of them.
+
+    Args:
+        cosine: ``[T, T]``.
+        targets: Coefficients of ``K`` combinations, ``[K, T]``.
+
+    Returns:
+        ``argmin yᵀ C y`` over ``y ≥ target``, ``[K, T]``.
+    """
+    slopes = targets @ cosine
+    if slopes.min() >= 0.0:  # no conflict, nothing to solve
+        return targets
+    return targets + nonnegative_qp(positive_definite(cosine), -slopes)
+
+
+def shortest(norms: Array, cosine: Array) -> Array:
+    """Weights of the shortest convex combination, ``argmin wᵀ G w`` over the simplex (Wolfe's point of least norm).
+
+    ``v = argmin ½ vᵀ (G + ρ² 1 1ᵀ) v − ρ² 1ᵀ v`` over ``v ≥ 0`` satisfies the same conditions up to its sum for any
+    ``ρ``, and is bounded also where that combination is zero. With ``ρ`` the least norm it is well scaled.
+
+    Args:
+        norms: Norms ``n > 0``, where inf stands for a gradient beside which the others vanish, ``[T]``.
+        cosine: ``[T, T]``.
+
+    Returns:
+        ``[T]``, ``w ≥ 0`` with ``Σ w = 1``.
+    """
+    relative = norms.min() / norms
+    units = nonnegative_qp(positive_definite(cosine) + np.outer(relative, relative), relative[None])[0]
+    weights: Array = units * relative
+    return weights / float(weights.sum())
+
+
+def pushed(norms: Array, cosine: Array, start: Array, radius: float) -> Array:
+    """``argmax_d min_i g_i·d`` over the ball of that radius, times the length of the start, around the start.
+
+    By duality the step ``d - start`` is ``Σ y_i u_i`` of the unit gradients with ``y ≥ 0``, where the least slope ``τ``
+    is what the radius allows. For given ``τ`` it is a non-negative quadratic program, whose length grows with ``τ`` and
+    is the root of a quadratic where the same entries are positive. So: Newton's method in ``τ``, kept in a bracket.
+
+    Where a convex combination of the gradients vanishes, ``τ ≤ 0`` and ``d`` is not unique: that nearest the start.
+
+    Args:
+        norms: Norms ``n > 0``, ``[T]``.
+        cosine: ``[T, T]``.
+        start: Coefficients of the unit gradients in the start, ``[T]``.
+        radius: ``≥ 0``.
+
+    Returns:
+        ``y``, ``[T]``.
+    """
+    slopes = cosine @ start
+    length = np.sqrt(max(float(start @ slopes), 0.0))
+    if radius == 0.0 or length <= np.sqrt(EPS) * np.abs(start).sum():
+        return np.zeros_like(start)
+    relative, slopes, matrix = norms.min() / norms, slopes / length, positive_definite(cosine)
+    weights = shortest(norms, cosine) / relative
+    stationary = weights @ cosine @ weights <= _STATIONARY**2
+    low, high = float((slopes / relative).min()), 0.0 if stationary else 1.0 + radius
+    step, slope = np.zeros_like(start), high
+    for _ in range(100):
+        linear = slope * relative - slopes
+        step = nonnegative_qp(matrix, linear[None], None if slope == high else step[None] > 0.0)[0]
+        excess = np.sqrt(max(float(step @ linear), 0.0)) - radius
+        if abs(excess) <= 1e-13 * radius or (excess < 0.0 and slope == high):
+            break
+        low, high = (slope, high) if excess < 0.0 else (low, slope)
+        previous, slope = slope, _root(matrix, relative, slopes, step > 0.0, radius)
+        if not low < slope < high:
+            slope = (low + high) / 2.0
+        if slope == previous:
+            break
+    return step * float(length)
+
+
+def _root(matrix: Array, relative: Array, slopes: Array, passive: Mask, radius: float) -> float:
+    """The larger ``τ`` at which the step on these entries, ``A⁻¹ (τ a - h)``, has that length; NaN if there is none."""
+    columns = np.stack([relative, slopes], 1)[passive]
+    aa, ah, _, hh = (columns.T @ np.linalg.solve(matrix[np.ix_(passive, passive)], columns)).ravel()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float((ah + np.sqrt(ah * ah - aa * (hh - radius * radius))) / aa)
+
+
+def bargain(cosine: Array, gains: Array, power: float) -> Array:
+    """The positive ``y`` with ``(C y)_i = gains_i y_i^-power``, by Newton's method with a line search.
+
+    The convex ``½ yᵀ C y - Σ gains_i ψ(y_i)`` with ``ψ' = y^-power`` is least there. Where a convex combination of the
+    gradients vanishes there is none; ``RIDGE`` then bounds the answer, whose combination is nearly zero.
+
+    Args:
+        cosine: ``[T, T]``.
+        gains: Positive, ``[T]``.
+        power: ``> 0``.
+
+    Returns:
+        ``[T]``.
+    """
+    matrix = positive_definite(cosine)
+    # Work on z, which is 1 for orthogonal gradients: y = scale · z, with the right-hand side scale · z^-power.
+    scale = gains ** (1.0 / (1.0 + power))
+    largest = float(scale.max())
+    scale = scale / largest
+
+    def value(z: Array) -> float:
+        utility = np.log(z) if power == 1.0 else (z ** (1.0 - power) - 1.0) / (1.0 - power)
+        y = scale * z
+        return float(0.5 * y @ matrix @ y - scale**2 @ utility)
+
+    z = np.full_like(scale, float(scale @ scale / (scale @ matrix @ scale)) ** (1.0 / (1.0 + power)))
+    now = value(z)
+    for _ in range(100):
+        wanted = scale * z**-power
+        residual = wanted - matrix @ (scale * z)
+        if (np.abs(residual) <= 4.0 * EPS * (wanted + np.abs(matrix) @ (scale * z))).all():
+            break
+        hessian = matrix + np.diag(power * z ** (-power - 1.0))
+        move = np.linalg.solve(hessian, residual) / scale
+        gain = float(residual @ (scale * move))
+        fraction = min(1.0, 0.9 / max(float((-move / z).max()), 0.9))
+        enough = now + 1e-14 * abs(now)  # what rounding may hide
+        while (then := value(z + fraction * move)) > enough - 1e-4 * fraction * gain and fraction > 1e-10:
+            fraction /= 2.0
+        z, now = z + fraction * move, then
+    return largest * scale * z
+
+
+def equal_slopes(cosine: Array) -> Array:
+    """The combination of unit gradients with slope 1 along each of them, ``C⁺ 1``.
+
+    Eigenvalues below ``T`` epsilons of the largest count as zero. Where gradients are dependent, the slopes are equal
+    in the least-squares sense and the coefficients those of least norm; all are 0 where that combination vanishes.
+
+    Args:
+        cosine: ``[T, T]``.
+
+    Returns:
+        ``[T]``.
+    """
+    values, vectors = np.linalg.eigh(cosine)
+    negligible = len(cosine) * EPS
+    used = values > negligible * values[-1]
+    parts = np.where(used, vectors.sum(0), 0.0)
+    inverse = parts / np.where(used, values, 1.0)
+    units: Array = vectors @ inverse
+    return units if parts @ inverse > negligible else np.zeros_like(units)
