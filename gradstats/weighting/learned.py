@@ -8,12 +8,14 @@ a method cannot use a loss that is not positive; its parameter and moments stay 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from gradstats.weighting.base import Facts, Weighting, checked_numbers, checked_positive
+from gradstats.weighting.gram_based import IMTLG
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,9 +57,9 @@ class _Learned(Weighting):
         first = torch.lerp(gradient, self.first_moment, _BETAS[0])
         second = torch.lerp(gradient.square(), self.second_moment, _BETAS[1])
         mean, square = (m / (1.0 - beta**count) for m, beta in zip((first, second), _BETAS, strict=True))
-        after = (self.learned - self.lr * mean / (square.sqrt() + _EPS), first, second, count)
-        names = ("learned", "first_moment", "second_moment", "count")
-        for name, value in zip(names, after, strict=True):
+        learned = self.learned - self.lr * mean / (square.sqrt() + _EPS)
+        after = {"learned": learned, "first_moment": first, "second_moment": second, "count": count}
+        for name, value in after.items():
             setattr(self, name, torch.where(known, value, getattr(self, name)))
 
 
@@ -135,14 +137,13 @@ class IMTLL(_Learned):
 
 
 class IMTL(IMTLL):
-    """Impartial multi-task learning, the gradient and the loss balance together (Liu et al., ICLR 2021, IMPnRXEWpvr).
+    """Impartial multi-task learning, both balances together (Liu et al., ICLR 2021, openreview IMPnRXEWpvr).
 
     The losses are scaled as in :class:`IMTLL`, and the scaled gradients ``exp(s_i) g_i`` are combined with the
     coefficients ``α`` of :class:`IMTLG`, which sum to 1: ``w_i = α_i exp(s_i)``, so that ``Σ_i w_i exp(-s_i) = 1``.
     The line that the shared parameters move on is that of IMTL-G whatever ``s`` is; ``s`` decides how far. In the paper
-    the parameters of a single task see its scaled loss without ``α``; here the weights are those of all
-    parameters, as everywhere in this library. Weights may be negative. Without a Gramian ``α`` stays what it was, at
-    first ``1/T``.
+    the parameters of a single task see its scaled loss without ``α``; here the weights are those of all parameters, as
+    everywhere in this library. Weights may be negative. Without a Gramian ``α`` stays what it was, ones at first.
 
     Args:
         num_tasks: Number of tasks ``T``.
@@ -161,11 +162,9 @@ class IMTL(IMTLL):
         tested="autograd and torch.optim.Adam; equal projections",
     )
 
-    STATE = (*IMTLL.STATE, "balance")
-
     def __init__(self, num_tasks: int, *, lr: float = 1e-3) -> None:
         super().__init__(num_tasks, lr=lr)
-        self.weights = self.balance = torch.full_like(self.weights, 1.0 / num_tasks)
+        self.gradient_balance = IMTLG(num_tasks)  # its weights are α
 
     @property
     def needs(self) -> frozenset[str]:
@@ -178,11 +177,8 @@ class IMTL(IMTLL):
         scales = torch.exp(self.learned)
         self._learn(scales * _positive(losses) - 1.0)
         if stats is not None:
-            sizes = torch.where(stats.norms > 0, scales * stats.norms, torch.inf)
-            balance = torch.linalg.pinv(stats.cosine, hermitian=True).sum(1) / sizes
-            balance = balance / balance.sum()
-            self.balance = torch.where(balance.isfinite().all(), balance, self.balance)
-        self.weights = self.balance * scales
+            stats = replace(stats, gram=scales[:, None] * stats.gram * scales[None, :])
+        self.weights = scales * self.gradient_balance(losses, stats)
         return self.weights
 
 
