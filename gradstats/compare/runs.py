@@ -22,9 +22,8 @@ import torch
 from tqdm import tqdm
 
 import gradstats
-from gradstats.compare.experiment import Metric, Source, score
+from gradstats.compare.experiment import Source, score
 from gradstats.report import write_file
-from gradstats.train import Trainer
 from gradstats.weighting import Weighting, available, create, options
 
 if TYPE_CHECKING:
@@ -127,6 +126,8 @@ def train(run: Run) -> dict[str, Any]:
         ValueError: If a metric is not finite.
         FloatingPointError: If a loss is not.
     """
+    from gradstats.train import Trainer  # here, because importing Lightning takes seconds that only this needs
+
     torch.set_num_threads(run.threads)
     experiment = run.source.load()
     torch.manual_seed(run.seed)
@@ -161,6 +162,7 @@ def train(run: Run) -> dict[str, Any]:
             max_epochs=experiment.epochs,
             monitor="val/score",
             mode="max",
+            restore_best=True,
             directory=folder,
             loggers=[],
             log_every=log_every,
@@ -171,7 +173,6 @@ def train(run: Run) -> dict[str, Any]:
         memory = _Memory(trainer.fabric.device)
         history = trainer.fit(loader)
         grown = memory.growth()
-        model.load_state_dict(torch.load(Path(folder, "best.ckpt"), weights_only=True)["model"])
     model.eval()
     with torch.no_grad():
         metrics = experiment.evaluate(model, "test")
@@ -296,7 +297,7 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "gradstats.train"])
     return context
 
 
@@ -323,8 +324,3 @@ def _train_to_file(run: Run, path: Path, errors: Connection) -> None:
     except Exception:
         errors.send(traceback.format_exc())
         raise SystemExit(1) from None
-
-
-def metric_of(entry: Mapping[str, Any]) -> Metric:
-    """The metric of one entry of ``"metrics"`` in a run's file."""
-    return Metric(entry["task"], entry["name"], entry["higher_is_better"])
