@@ -34,14 +34,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from tqdm import tqdm
 
 import gradstats
 from gradstats import report
-from gradstats.data import OverlaidDigits, overlaid_digits
+from gradstats.compare.digits import Digits, compute_losses, metric_values
+from gradstats.data import OverlaidDigits, batches, overlaid_digits
 from gradstats.train import History, Trainer
 
 if TYPE_CHECKING:
@@ -61,62 +59,6 @@ what the method needs. weights: those in force at the end, mean over seeds, scal
 """
 
 
-class Digits(nn.Module):
-    """A small convolutional encoder, shared by one head for each task.
-
-    Args:
-        tasks: Any of ``TASKS``.
-    """
-
-    def __init__(self, tasks: tuple[str, ...]) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(32 * 5 * 5, 64),
-            nn.ReLU(),
-        )
-        outputs = {"left": 10, "right": 10, "image": 11 * 11}
-        self.heads = nn.ModuleDict(
-            {task: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, outputs[task])) for task in tasks}
-        )
-
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Logits ``[N, 10]`` or pixels ``[N, 121]`` of each task, from images ``[N, 1, 11, 11]`` in 0 to 16."""
-        features = self.encoder(image / 16.0)
-        return {task: head(features) for task, head in self.heads.items()}
-
-
-def compute_losses(model: nn.Module, batch: Mapping[str, Tensor], *, reconstruction: str) -> dict[str, Tensor]:
-    """Mean loss of each task over the batch: nats for the digits, squared intensities for the image."""
-    losses = {}
-    for task, output in model(batch["image"]).items():
-        if task == "image":
-            squared = (output - batch["image"].flatten(1)).square()
-            losses[task] = (squared.sum(1) if reconstruction == "sum" else squared.mean(1)).mean()
-        else:
-            losses[task] = F.cross_entropy(output, batch[task])
-    return losses
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, data: OverlaidDigits) -> dict[str, float]:
-    """Metric of each task: accuracy in percent, root mean squared error of a pixel in intensities 0 to 16."""
-    model.eval()
-    batch = data[:]
-    metrics = {}
-    for task, output in model(batch["image"]).items():
-        if task == "image":
-            metrics[task] = F.mse_loss(output, batch["image"].flatten(1)).sqrt().item()
-        else:
-            metrics[task] = 100.0 * (output.argmax(1) == batch[task]).double().mean().item()
-    return metrics
-
-
 @dataclass
 class Run:
     """What one training leaves behind."""
@@ -124,12 +66,6 @@ class Run:
     metrics: dict[str, float]
     weights: list[float]
     history: History
-
-
-def train_loader(data: OverlaidDigits, options: argparse.Namespace) -> DataLoader[dict[str, Tensor]]:
-    """Shuffled whole batches."""
-    sampler = BatchSampler(RandomSampler(data), options.batch_size, drop_last=True)
-    return DataLoader(data, batch_size=None, sampler=sampler)
 
 
 def build(
@@ -153,7 +89,7 @@ def train(
     record_every: int | None = None,
 ) -> Run:
     """Train one network on ``tasks`` and evaluate it."""
-    loader = train_loader(data["train"], options)
+    loader = batches(data["train"], options.batch_size, shuffle=True)
     steps = options.epochs * len(loader)
     torch.manual_seed(seed)
     model, optimizer, scalarizer = build(weighting, tasks, steps, options.lr, record_every=record_every)
@@ -172,12 +108,15 @@ def train(
     with tqdm(total=steps, desc=f"seed {seed}, {label}", unit="step") as bar:
         optimizer.register_step_post_hook(lambda *_: bar.update())
         history = trainer.fit(loader)
-    return Run(evaluate(model, data[options.evaluate_on]), scalarizer.weights.tolist(), history)
+    model.eval()
+    with torch.no_grad():
+        metrics = metric_values(model, data[options.evaluate_on][:])
+    return Run(metrics, scalarizer.weights.tolist(), history)
 
 
 def measure_cpu_seconds(data: OverlaidDigits, options: argparse.Namespace) -> dict[str, float]:
     """CPU time of all optimizer steps of one training by each method, the methods taking their steps in turn."""
-    loader = train_loader(data, options)
+    loader = batches(data, options.batch_size, shuffle=True)
     steps = options.epochs * len(loader)
     built = {method: build(weighting, TASKS, steps, options.lr) for method, weighting in METHODS.items()}
     seconds = dict.fromkeys(METHODS, 0.0)
