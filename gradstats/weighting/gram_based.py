@@ -280,7 +280,7 @@ class MGDA(DirectionWeighting):
     equally: the shortest combination is zero, and training stands still, as the method has it.
 
     The gradients may be divided by ``s_i`` before; as in Sener & Koltun's code, the weights are then used for the
-    gradients as they are. A task that cannot be divided by (its loss is 0 or not finite) counts as absent.
+    gradients as they are. A task whose loss cannot be divided by, being 0 or not finite, has weight 0.
 
     Args:
         num_tasks: Number of tasks ``T``.
