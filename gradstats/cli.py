@@ -1,4 +1,4 @@
-"""The command line: ``gradstats info`` and ``gradstats compare``."""
+"""The command line: ``gradstats info``, ``gradstats bench`` and ``gradstats compare``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import ast
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from gradstats import bench
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     info_parser = commands.add_parser("info", help="versions, and which kernels are compiled and usable here")
     info_parser.set_defaults(action=lambda _: info())
+    bench_parser = commands.add_parser("bench", help="time pairwise beside other ways and what the hardware can do")
+    bench_parser.set_defaults(action=bench.run)
+    bench.add_arguments(bench_parser)
     _add_compare(commands)
     options = parser.parse_args(argv)
     try:

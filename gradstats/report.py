@@ -520,6 +520,66 @@ def plot_intervals(results: Mapping[str, Mapping[str, Interval]], *, reference: 
     return figure
 
 
+@dataclass(frozen=True)
+class Roofline:
+    """What a machine can do at most, and what ways to a Gramian did.
+
+    Attributes:
+        read: Bandwidth of memory, GB/s.
+        peak: Rate of multiplications and additions, GFLOP/s.
+        bytes_per_entry: Size of a gradient's entry.
+        methods: For each way, GFLOP/s by number of tasks, with ``T (T + 1)`` operations an entry.
+    """
+
+    read: float
+    peak: float
+    bytes_per_entry: int
+    methods: Mapping[str, Mapping[int, float]]
+
+
+@_styled
+def plot_roofline(rooflines: Mapping[str, Roofline]) -> Figure:
+    """Rates of ways to a Gramian under the limits that memory and arithmetic set, on logarithmic axes.
+
+    Each entry of the ``T`` gradients is read once for ``T + 1`` operations, so few tasks are bound by memory (the
+    slope) and many by arithmetic (the level).
+
+    Args:
+        rooflines: A panel for each, with its title.
+
+    Raises:
+        ImportError: If matplotlib is not installed (extra ``plot``).
+        ValueError: If there is no panel.
+    """
+    if not rooflines:
+        raise ValueError("rooflines: expected at least one, got none")
+    figure, panels = _figure(1, len(rooflines), width=max(8.5, 4.2 * len(rooflines)), height=4.2)
+    names = list(dict.fromkeys(name for roofline in rooflines.values() for name in roofline.methods))
+    for panel, (title, roofline) in zip(panels, rooflines.items(), strict=True):
+        panel.set_title(f"{title}: {roofline.read:.0f} GB/s, {roofline.peak:.0f} GFLOP/s")
+        _draw_roofline(panel, roofline, names)
+    panels[0].set_ylabel("GFLOP/s")
+    _legend_above(figure, panels[0], columns=4)
+    return figure
+
+
+def _draw_roofline(panel: Axes, roofline: Roofline, names: Sequence[str]) -> None:
+    tasks = sorted({num_tasks for rates in roofline.methods.values() for num_tasks in rates})
+    at = {num_tasks: (num_tasks + 1) / roofline.bytes_per_entry for num_tasks in tasks}
+    low, ridge, high = at[tasks[0]] / 1.3, roofline.peak / roofline.read, at[tasks[-1]] * 1.3
+    corners = [low, min(max(low, ridge), high), high]
+    limit = [min(roofline.peak, roofline.read * corner) for corner in corners]
+    panel.plot(corners, limit, color=_MUTED, linewidth=2.6, label="limit")
+    for position, name in enumerate(names):
+        rates = roofline.methods.get(name, {})
+        _line(panel, [at[num_tasks] for num_tasks in rates], list(rates.values()), name, position)
+    for line in panel.lines[1:]:
+        line.set(marker="o", markersize=4)
+    panel.set(xscale="log", yscale="log", xlabel=f"tasks T, at (T + 1) / {roofline.bytes_per_entry} operations a byte")
+    panel.set_xticks(list(at.values()), [str(num_tasks) for num_tasks in tasks])
+    panel.set_xticks([], minor=True)
+
+
 def _interval(panel: Axes, position: int, result: Interval, colour: str) -> None:
     spread = 0.0 if math.isnan(result.half_width) else result.half_width
     panel.errorbar(result.mean, position, xerr=spread, fmt="o", color=colour, capsize=3, markersize=6, zorder=3)
@@ -532,9 +592,9 @@ def _line(panel: Axes, steps: Sequence[float], values: Sequence[float], label: s
     panel.plot(steps, values, label=label, color=COLOURS[position % len(COLOURS)], linestyle=style)
 
 
-def _legend_above(figure: Figure, panel: Axes) -> None:
+def _legend_above(figure: Figure, panel: Axes, *, columns: int = 5) -> None:
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), handlelength=2.6)
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), columns), handlelength=2.6)
 
 
 def _figure(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import functools
+import json
+import math
 import operator
+import subprocess
+import sys
 
 import numpy
 import pytest
 import torch
 
 import gradstats
+from gradstats.bench import machine, measure, methods, shapes, show
+from gradstats.cli import main
 from gradstats.ops import limits
 
 
@@ -57,3 +63,250 @@ def test_limits_refuse_what_they_cannot_do(device):
         limits.read([torch.zeros(4, 4, device=device).T[1:]])
     with pytest.raises(RuntimeError, match="float32 or float64"):
         limits.multiply_add(torch.empty(0, dtype=torch.float16, device=device), 1)
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "entries"),
+    [
+        ("resnet18", 62, 11_689_512),
+        ("resnet50", 161, 25_557_032),
+        ("vit-b", 152, 86_567_656),
+        ("bert-base", 199, 109_482_240),
+        ("llama-shard", 291, 8_030_261_248 // 64),
+    ],
+)
+def test_lists_have_the_sizes_of_the_models(name, tensors, entries):
+    found = shapes.MODELS[name]()
+    assert (len(found), sum(map(math.prod, found))) == (tensors, entries)
+
+
+@pytest.fixture(params=[[(7, 5)], [(30, 11), (), (257,)]], ids=["flat", "list"])
+def gradients(request):
+    return methods.Gradients.random(request.param, 3, torch.float32)
+
+
+def test_all_forms_hold_the_same_gradients(gradients):
+    by_row = torch.stack([torch.cat([g.flatten() for g in row]) for row in gradients.rows])
+    by_block = torch.cat([block.reshape(3, -1) for block in gradients.blocks], 1)
+    assert torch.equal(by_row, gradients.matrix)
+    assert torch.equal(by_block, gradients.matrix)
+    assert gradients.matrix.unique().numel() == gradients.matrix.numel()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * method.compiled) for name, method in methods.METHODS.items()],
+)
+def test_every_method_is_right(name, gradients):
+    exact = gradients.matrix.double() @ gradients.matrix.double().T
+    call = measure.bound(methods.METHODS[name], gradients)
+    assert measure.worst_error(call(), exact) < 1e-6
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def case(**changes):
+    values = {"threads": 1, "dtype": torch.float32, "num_tasks": 3, "name": "flat", "shapes": [(1000,)]}
+    return measure.Case(torch.device("cpu"), **(values | changes))
+
+
+@pytest.fixture
+def few_calls(monkeypatch, one_thread):
+    """Five rounds on any machine, and caches that need not be filled."""
+    monkeypatch.setattr(measure, "_FLUSHED", 0)
+
+
+def test_a_method_that_raises_is_absent_with_its_reason(monkeypatch, few_calls):
+    def refuse(gradients):
+        if gradients.matrix.numel() > 3:
+            raise NotImplementedError("not built yet\nbut soon")
+        return gradients.matrix
+
+    monkeypatch.setitem(methods.METHODS, "stack(cat) @ .T", methods.Method(refuse))
+    records = {r["method"]: r for r in measure.measure_case(case(), seconds=0.0, compiled=False, fits=True)}
+    absent = records.pop("stack(cat) @ .T")
+    assert absent["absent"] == "NotImplementedError: not built yet"
+    assert "milliseconds" not in absent
+    assert all(record["rounds"] == 5 for record in records.values())
+
+
+def test_methods_take_turns_in_rotating_order(monkeypatch):
+    monkeypatch.setattr(measure, "_FLUSHED", 0)
+    log = []
+    calls = {name: functools.partial(log.append, name) for name in "abc"}
+    small = {"b": functools.partial(log.append, "warm b")}
+    times = measure.interleaved(calls, small, torch.device("cpu"), seconds=0.0)
+    assert " ".join(log).replace("warm b b", "b") == "a b c b c a c a b a b c b c a"
+    assert {name: len(values) for name, values in times.items()} == {"a": 5, "b": 5, "c": 5}
+
+
+def test_shares_are_of_the_limits_in_the_same_rounds():
+    times = {"read": [0.5, 0.1, 0.2], "read ahead": [0.1] * 3, "multiply-add": [2.0] * 3, "pairwise": [0.2, 0.4, 0.1]}
+    facts = {name: {} for name in times} | {"absent": {"absent": "reason"}}
+    measure.add_shares(case(dtype=torch.bfloat16, num_tasks=4, shapes=[(10**6,)]), times, facts, 8e9)
+    ours = facts["pairwise"]
+    assert ours["milliseconds"] == pytest.approx(200.0)
+    assert ours["quartiles"] == pytest.approx([150.0, 300.0])
+    assert ours["gigabytes_per_second"] == pytest.approx(4 * 2e6 / 0.2 / 1e9)
+    assert ours["percent_of_read"] == pytest.approx(50.0)  # of the faster loop
+    assert ours["gigaflops_per_second"] == pytest.approx(20e6 / 0.2 / 1e9)
+    assert ours["percent_of_peak"] == pytest.approx(100 * (20e6 / 0.2) / 4e9)
+    assert facts["multiply-add"]["gigaflops_per_second"] == pytest.approx(4.0)
+    assert "percent_of_read" not in facts["multiply-add"]
+    assert facts["read"]["percent_of_read"] == pytest.approx(50.0)
+    assert facts["absent"] == {"absent": "reason"}
+
+
+def test_the_error_is_relative_to_both_norms():
+    exact = torch.tensor([[4.0, 0.0], [0.0, 100.0]], dtype=torch.float64)
+    gram = exact + torch.tensor([[1e-6, 5e-6], [0.0, 1e-6]], dtype=torch.float64)
+    assert measure.worst_error(gram, exact) == pytest.approx(5e-6 / (2 * 10))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the Linux kernel's counts")
+def test_extra_memory_is_that_at_the_peak():
+    device = torch.device("cpu")
+
+    def hungry():
+        large = torch.ones(8 << 20, dtype=torch.float64)
+        return large.sum()
+
+    found = measure.extra_bytes(hungry, device)
+    if found is None:
+        pytest.skip("the kernel does not let the peak start again")
+    assert 62 << 20 < found < 72 << 20
+    assert measure.extra_bytes(lambda: None, device) < 2 << 20
+
+
+def test_only_a_checkout_has_a_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(gradstats, "__file__", str(tmp_path / "site-packages" / "gradstats" / "__init__.py"))
+    assert machine.describe()["commit"] is None
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def run(out, *options, device="cpu"):
+    command = [sys.executable, "-m", "gradstats.cli", "bench", "--device", device, "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def check_cases(results, expected):
+    """That every case has every method with consistent numbers."""
+    by_case = {}
+    for r in results["records"]:
+        by_case.setdefault((r["dtype"], r["num_tasks"], r["list"]), {})[r["method"]] = r
+    assert list(by_case) == expected
+    for (dtype, num_tasks, _), records in by_case.items():
+        assert {"read", "multiply-add", *methods.METHODS} - set(records) <= {
+            name for name, method in methods.METHODS.items() if method.compiled or method.tf32
+        }
+        fastest = min(r["milliseconds"] for name, r in records.items() if name.startswith("read"))
+        for name, r in records.items():
+            low, high = r["quartiles"]
+            assert 0 < low <= r["milliseconds"] <= high
+            if name == "multiply-add":
+                continue
+            assert r["bytes"] == r["entries"] * num_tasks * getattr(torch, dtype).itemsize
+            assert r["gigabytes_per_second"] == pytest.approx(r["bytes"] / r["milliseconds"] / 1e6)
+            assert r["percent_of_read"] == pytest.approx(100 * fastest / r["milliseconds"])
+            if name in methods.METHODS:
+                peak = records["multiply-add"]["gigaflops_per_second"]
+                assert r["percent_of_peak"] == pytest.approx(100 * r["gigaflops_per_second"] / peak)
+                assert r["host_microseconds"] > 0
+                assert r["error"] < (1e-7 if name.startswith("pairwise") else 1e-2)
+                assert r["extra_bytes"] is None or r["extra_bytes"] >= 0
+
+
+def test_a_run_prints_tables_and_writes_results_and_picture(tmp_path, device):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "roofline.png"
+    sizes = ("--tasks", "5", "--entries", "3e3", "--lists", "--seconds", "0", "--threads", "1")
+    printed, results = run(tmp_path / "results.json", *sizes, "--picture", str(picture), device=device)
+    assert "float32, T = 5, flat: 3,000 entries a task" in printed
+    assert all(column in printed for column in ("% of read", "% of peak", "host µs", "stack(cat) @ .T"))
+    assert "medians of interleaved rounds" in printed
+    assert results["machine"]["torch"] == torch.__version__
+    assert results["machine"]["date"][:2] == "20"
+    assert {"cpu", "cores", "gpus", "commit", "backends", "load_average_at_start"} <= set(results["machine"])
+    check_cases(results, [(dtype, 5, "flat") for dtype in ("float32", "bfloat16")])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_what_does_not_fit_the_host_cost_is_left(tmp_path):
+    options = ("--tasks", "2", "--entries", "--lists", "resnet18", "--dtypes", "float32", "--memory", "0.01")
+    printed, results = run(tmp_path / "results.json", *options, "--threads", "1")
+    assert "host cost alone" in printed
+    records = {r["method"]: r for r in results["records"]}
+    assert records["pairwise"]["tensors"] == 62
+    assert 0 < records["pairwise, stacked"]["host_microseconds"] < records["torch.dot by pair"]["host_microseconds"]
+    assert not any("milliseconds" in r for r in records.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--tasks", "0"], 2, "expected a positive whole number, got '0'"),
+        (["--entries", "1e-3"], 2, "expected a positive whole number, got '1e-3'"),
+        (["--lists", "alexnet"], 2, "invalid choice: 'alexnet'"),
+        (["--tasks", "2", "--entries", "--lists", "--picture", "roofline.png"], 1, "expected flat gradients"),
+        pytest.param(
+            ["--device", "cuda"],
+            1,
+            "--device: expected cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU"),
+        ),
+    ],
+)
+def test_bad_options_are_refused(options, status, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", *options])
+    assert stopped.value.code == status
+    assert message in capsys.readouterr().err
+
+
+# ---- showing it -----------------------------------------------------------------------------------------------------
+
+
+def record(method, num_tasks, entries, **values):
+    where = {"device": "cpu", "threads": 2, "dtype": "float32", "list": "flat", "tensors": 1}
+    return where | {
+        "method": method,
+        "num_tasks": num_tasks,
+        "entries": entries,
+        "bytes": 4 * num_tasks * entries,
+        "milliseconds": 1.0,
+        **values,
+    }
+
+
+RECORDS = [
+    record(method, num_tasks, entries, gigabytes_per_second=read, gigaflops_per_second=rate)
+    for num_tasks, entries, scale in ((2, 10**6, 1.0), (2, 10**4, 9.0), (8, 10**5, 2.0))
+    for method, read, rate in (("read", 10 * scale, None), ("multiply-add", None, 99.0), ("pairwise", 1, 3 * scale))
+]
+
+
+def test_rooflines_are_of_the_largest_flat_gradients():
+    (roofline,) = show.rooflines([*RECORDS, record("pairwise", 2, 10**9, list="resnet18")]).values()
+    assert (roofline.read, roofline.peak, roofline.bytes_per_entry) == (20.0, 99.0, 4)
+    assert roofline.methods == {"pairwise": {2: 3.0, 8: 6.0}}
+    with pytest.raises(ValueError, match="flat gradients with times and limits"):
+        show.rooflines([r for r in RECORDS if r["method"] == "pairwise"])
+
+
+def test_the_picture_shows_rates_under_the_limit():
+    pytest.importorskip("matplotlib")
+    (panel,) = gradstats.report.plot_roofline(show.rooflines(RECORDS)).axes
+    limit, ours = panel.lines
+    assert ours.get_xydata().tolist() == [[0.75, 3.0], [2.25, 6.0]]
+    corners = dict(limit.get_xydata().tolist())
+    assert corners == pytest.approx({0.75 / 1.3: 15 / 1.3, 2.25 * 1.3: 20 * 2.25 * 1.3})
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["2", "8"]
+    with pytest.raises(ValueError, match="at least one"):
+        gradstats.report.plot_roofline({})
