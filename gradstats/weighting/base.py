@@ -95,7 +95,9 @@ class Weighting(nn.Module, ABC):
         """
 
     def _move_state(self, device: torch.device) -> None:
-        """Let the state follow the losses, so that nothing is copied between devices at every step."""
+        """Let the state, all of it where the weights are, follow the losses: no copies between devices at each step."""
+        if self.weights.device == device:
+            return
         for name in self.STATE:
             value = getattr(self, name)
             if isinstance(value, Tensor):

@@ -34,11 +34,9 @@ class _Learned(Weighting):
 
     STATE: ClassVar[tuple[str, ...]] = ("learned", "first_moment", "second_moment", "count", "weights")
 
-    def __init__(self, num_tasks: int, *, lr: float, weight_decay: float = 0.0) -> None:
+    def __init__(self, num_tasks: int, *, lr: float) -> None:
         super().__init__(num_tasks)
-        if not 0.0 <= weight_decay < math.inf:
-            raise ValueError(f"weight_decay: expected a finite number that is not negative, got {weight_decay!r}")
-        self.lr, self.weight_decay = checked_positive("lr", lr), weight_decay
+        self.lr = checked_positive("lr", lr)
         self.learned = torch.zeros_like(self.weights)
         self.first_moment, self.second_moment = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
         self.count = torch.zeros_like(self.weights)  # steps that each task has taken
@@ -50,7 +48,6 @@ class _Learned(Weighting):
 
     def _learn(self, gradient: Tensor) -> None:
         """One step down ``gradient``, float64 ``[T]``, of the tasks where it is finite."""
-        gradient = gradient + self.weight_decay * self.learned
         known = gradient.square().isfinite()
         gradient = torch.where(known, gradient, 0.0)
         count = self.count + known
@@ -286,7 +283,10 @@ class FAMO(_Learned):
         weight_decay: float = 1e-3,
         min_losses: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(num_tasks, lr=lr, weight_decay=weight_decay)
+        super().__init__(num_tasks, lr=lr)
+        if not 0.0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected a finite number that is not negative, got {weight_decay!r}")
+        self.weight_decay = weight_decay
         self.min_losses = checked_numbers("min_losses", min_losses, num_tasks, default=0.0)
         self.weights = torch.full_like(self.weights, 1.0 / num_tasks)
         self.before = torch.full_like(self.weights, torch.nan)  # log D at the last step, until its effect is known
@@ -312,7 +312,7 @@ class FAMO(_Learned):
         known = falls.isfinite()
         shares = torch.softmax(torch.where(known, self.learned, -torch.inf), 0)
         mean_fall = (shares * torch.where(known, falls, 0.0)).sum()
-        self._learn(shares * (falls - mean_fall))
+        self._learn(shares * (falls - mean_fall) + self.weight_decay * self.learned)
         self.before = torch.full_like(self.before, torch.nan)
 
     def _log_gaps(self, losses: Tensor) -> Tensor:

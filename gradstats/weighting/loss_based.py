@@ -63,7 +63,7 @@ class RLW(Weighting):
         uses="random",
         cost="O(T)",
         sign="≥ 0",
-        tested="its two distributions' moments",
+        tested="its two distributions' quantiles",
     )
 
     STATE = ("step", "weights")
@@ -169,10 +169,11 @@ class GLS(_LossBased):
     def forward(self, losses: Tensor, stats: GradStats | None = None) -> Tensor:
         """The weights of the current losses."""
         self._move_state(losses.device)
-        known = (losses > 0) & losses.isfinite()
-        logs = torch.where(known, losses, 1.0).log()
+        logs = losses.log()
+        known = logs.isfinite()
         count = known.sum()
-        return self._renewed(torch.exp(logs.sum() / count - logs) / count, known)
+        mean = torch.where(known, logs, 0.0).sum() / count
+        return self._renewed(torch.exp(mean - logs) / count, known)
 
 
 class STCH(_LossBased):
