@@ -28,14 +28,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import gc
 import importlib.metadata
 import json
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -48,7 +46,6 @@ from typing import Any
 import torch
 from cases import MODELS, SHARINGS, Case, build_case
 from methods import METHODS, OURS, PLAIN, Run
-from pairwise_cpu import describe_machine
 from render import Verdict, against_peers, find, median, number, targets, title
 from rich.console import Console
 from rich.markup import escape
@@ -56,6 +53,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
+from gradstats.bench.machine import describe as describe_machine
+from gradstats.bench.machine import stamp
 from gradstats.report import write_file
 
 CHECKED_TASKS = 32  # the error is that of so many
@@ -246,19 +245,6 @@ def in_fresh_process(
     return message if isinstance(message, dict) else {"absent": f"the process ended with {process.exitcode}"}
 
 
-def stamp() -> dict[str, Any]:
-    """When and on what code something was measured."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {"date": now, "commit": git.stdout.strip() or None, "load_average": round(os.getloadavg()[0], 2)}
-
-
 def time_cell(cell: Cell, names: list[str], seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
     """The ``time`` part of a cell's record."""
     result = in_fresh_process(measure_time, cell, names, seconds, say=say)
@@ -330,7 +316,7 @@ def describe() -> dict[str, Any]:
     for name in PEERS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    return describe_machine() | versions | {"python": sys.version.split()[0], "threads": 1}
+    return describe_machine() | versions | {"threads": 1}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

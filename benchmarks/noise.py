@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairwise_cpu import describe_machine
 from torch import Tensor, nn
 from torch.nn import functional
 
 import gradstats
 from gradstats import GradStats
+from gradstats.bench.machine import describe
 from gradstats.data.digits import OverlaidDigits, overlaid_digits
 from gradstats.report import write_file
 from gradstats.weighting.autoscale import balancing_log_weights, mean_of_known
@@ -193,7 +193,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
-    machine = describe_machine()
+    machine = describe()
     data = overlaid_digits()
     torch.manual_seed(0)
     network = Network()

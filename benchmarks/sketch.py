@@ -28,12 +28,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pairwise_cpu import describe_machine
 from torch import Tensor, nn
 from torch.nn import functional
 
 import gradstats
 from gradstats import GradStats
+from gradstats.bench.machine import describe
 from gradstats.report import write_file
 from gradstats.weighting import AutoScale
 
@@ -328,7 +328,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
-    machine = describe_machine()
+    machine = describe()
     print(json.dumps(machine, indent=2))
     records = []
     makers: list[tuple[Callable[[], Problem], int]] = [

@@ -232,7 +232,7 @@ def test_a_run_prints_tables_and_writes_results_and_picture(tmp_path, device):
     assert "medians of interleaved rounds" in printed
     assert results["machine"]["torch"] == torch.__version__
     assert results["machine"]["date"][:2] == "20"
-    assert {"cpu", "cores", "gpus", "commit", "backends", "load_average_at_start"} <= set(results["machine"])
+    assert {"cpu", "cores", "gpus", "commit", "backends", "load_average"} <= set(results["machine"])
     check_cases(results, [(dtype, 5, "flat") for dtype in ("float32", "bfloat16")])
     assert picture.read_bytes().startswith(b"\x89PNG")
 

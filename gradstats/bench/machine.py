@@ -17,7 +17,7 @@ _LEAST_CACHE = 32 << 20  # bytes; also where the size is unknown
 
 
 def describe() -> dict[str, Any]:
-    """Where and on what code something is measured, for the head of a file of results."""
+    """Hardware, versions and :func:`stamp`, for the head of a file of results."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu": _cpu(),
@@ -30,9 +30,16 @@ def describe() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gradstats": gradstats.__version__,
         "backends": [backend.name for backend in gradstats.backends().values() if backend.available],
+    } | stamp()
+
+
+def stamp() -> dict[str, Any]:
+    """When, on what code and on how busy a machine something is measured."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return {
+        "date": now.isoformat(timespec="seconds"),
         "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "load_average_at_start": round(os.getloadavg()[0], 2),
+        "load_average": round(os.getloadavg()[0], 2),
     }
 
 
