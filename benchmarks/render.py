@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -205,6 +206,76 @@ def pairwise_table() -> str:
     return table([*header, "error, ours", "error, `mm`"], rows, markdown=True)
 
 
+def bench_table(device: str, dtype: str, kind: str) -> str:
+    """``gradstats bench`` on flat gradients or on lists of models: milliseconds, shares, memory and errors."""
+    by_hand = {
+        "stack(cat) @ .T": "`stack(cat) @ .T`",
+        "stack + mm by parameter": "by parameter",
+        "mm, ready-made": "ready-made `mm`",
+        "mm, ready-made, TF32": "ready-made, TF32",
+    }
+    chosen = [
+        case
+        for case in bench_cases(device)
+        if (ours := case["pairwise"])["dtype"] == dtype
+        and "milliseconds" in ours
+        and (ours["list"] == "flat") == (kind == "flat")
+    ]
+    shown = [name for name in by_hand if any(name in case for case in chosen)]
+    header = ["gradients", "T", "entries a task", "reading (ms)", "`pairwise` (ms)", "% of reading", "% of peak"]
+    header += [f"{by_hand[name]} (ms)" for name in shown] + ["extra MiB", "of `stack(cat)`", "error", "of `mm`"]
+    rows = []
+    for case in chosen:
+        ours, usual = case["pairwise"], case["stack(cat) @ .T"]
+        reading = [case[name].get("milliseconds") for name in ("read", "read ahead") if name in case]
+        times = [min(reading, default=None), ours["milliseconds"]]
+        shares = [ours.get("percent_of_read"), ours.get("percent_of_peak")]
+        others = [case.get(name, {}).get("milliseconds") for name in shown]
+        extra = [None if r.get("extra_bytes") is None else r["extra_bytes"] / 2**20 for r in (ours, usual)]
+        wrong = [case[name].get("error") for name in ("pairwise", "mm, ready-made")]
+        rows.append(
+            [
+                ours["list"],
+                str(ours["num_tasks"]),
+                f"{ours['entries']:,}",
+                *[number(value, 3) for value in times],
+                *["–" if value is None else f"{value:.0f}" for value in shares],
+                *[number(value, 3) for value in others],
+                *["–" if value is None else f"{value:.1f}" for value in extra],
+                *["–" if value is None else f"{value:.0e}" for value in wrong],
+            ]
+        )
+    return table(header, rows, markdown=True)
+
+
+def host_table(device: str) -> str:
+    """Microseconds that a call of ``pairwise`` takes with as many tensors of one entry: as lists, and stacked."""
+    cases = [case for case in bench_cases(device) if case["pairwise"]["dtype"] == "float32"]
+    costs = {(case["pairwise"]["list"], case["pairwise"]["num_tasks"]): case for case in cases}
+    tasks = sorted({num_tasks for _, num_tasks in costs})
+    rows = []
+    for name, tensors in {case["pairwise"]["list"]: case["pairwise"]["tensors"] for case in cases}.items():
+        cells = []
+        for num_tasks in tasks:
+            case = costs[name, num_tasks]
+            both = [case[form]["host_microseconds"] for form in ("pairwise", "pairwise, stacked")]
+            cells.append(" / ".join(number(value, 3) for value in both))
+        rows.append([name, str(tensors), *cells])
+    return table(["gradients", "tensors a task", *[f"T = {n}" for n in tasks]], rows, markdown=True)
+
+
+def bench_cases(device: str) -> list[dict[str, Any]]:
+    """The records of each case by method, of the runs with most threads."""
+    records = load(f"bench_{device}")["records"]
+    most = max(r["threads"] for r in records)
+    cases: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for r in records:
+        if r["threads"] == most:
+            case = tuple(r[key] for key in ("dtype", "list", "entries", "num_tasks"))
+            cases.setdefault(case, {})[r["method"]] = r
+    return list(cases.values())
+
+
 def overhead_table() -> str:
     """CPU time of training with statistics or AutoScale, relative to training without."""
     rows = []
@@ -226,6 +297,10 @@ TABLES: dict[str, Callable[[], str]] = {
     for what in ("time", "memory")
     for sharing in ("shared", "disjoint", "per-sample")
 }
+for _device in ("cpu", "cuda"):
+    TABLES[f"bench {_device} host"] = functools.partial(host_table, _device)
+    for _dtype, _kind in itertools.product(("float32", "bfloat16"), ("flat", "lists")):
+        TABLES[f"bench {_device} {_dtype} {_kind}"] = functools.partial(bench_table, _device, _dtype, _kind)
 
 
 def load(name: str) -> Any:

@@ -11,6 +11,7 @@ import sys
 
 import numpy
 import pytest
+import render
 import torch
 
 import gradstats
@@ -19,7 +20,7 @@ from gradstats.cli import main
 from gradstats.ops import limits
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     if not limits.available(request.param):
         pytest.skip(f"no compiled kernels: {gradstats.backends()[request.param].detail}")
@@ -188,63 +189,85 @@ def test_only_a_checkout_has_a_commit(monkeypatch, tmp_path):
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def run(out, *options, device="cpu"):
-    command = [sys.executable, "-m", "gradstats.cli", "bench", "--device", device, "--out", str(out), *options]
+@pytest.fixture(scope="module")
+def small_run(device, tmp_path_factory):
+    """What a run printed and wrote: flat gradients that fit in its memory, and a list that does not."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("bench")
+    files = ("--out", f"{folder}/results.json", "--picture", f"{folder}/roofline.png")
+    sizes = ("--tasks", "5", "--entries", "3e3", "--lists", "resnet18", "--memory", "0.01", "--seconds", "0")
+    command = [sys.executable, "-m", "gradstats.cli", "bench", "--device", device, "--threads", "1", *sizes, *files]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(out.read_text())
+    return done.stdout, json.loads((folder / "results.json").read_text()), (folder / "roofline.png").read_bytes()
 
 
-def check_cases(results, expected):
-    """That every case has every method with consistent numbers."""
-    by_case = {}
-    for r in results["records"]:
-        by_case.setdefault((r["dtype"], r["num_tasks"], r["list"]), {})[r["method"]] = r
-    assert list(by_case) == expected
-    for (dtype, num_tasks, _), records in by_case.items():
-        assert {"read", "multiply-add", *methods.METHODS} - set(records) <= {
-            name for name, method in methods.METHODS.items() if method.compiled or method.tf32
-        }
-        fastest = min(r["milliseconds"] for name, r in records.items() if name.startswith("read"))
-        for name, r in records.items():
-            low, high = r["quartiles"]
-            assert 0 < low <= r["milliseconds"] <= high
-            if name == "multiply-add":
-                continue
-            assert r["bytes"] == r["entries"] * num_tasks * getattr(torch, dtype).itemsize
-            assert r["gigabytes_per_second"] == pytest.approx(r["bytes"] / r["milliseconds"] / 1e6)
-            assert r["percent_of_read"] == pytest.approx(100 * fastest / r["milliseconds"])
-            if name in methods.METHODS:
-                peak = records["multiply-add"]["gigaflops_per_second"]
-                assert r["percent_of_peak"] == pytest.approx(100 * r["gigaflops_per_second"] / peak)
-                assert r["host_microseconds"] > 0
-                assert r["error"] < (1e-7 if name.startswith("pairwise") else 1e-2)
-                assert r["extra_bytes"] is None or r["extra_bytes"] >= 0
+def by_method(results, dtype, name):
+    return {r["method"]: r for r in results["records"] if (r["dtype"], r["list"]) == (dtype, name)}
 
 
-def test_a_run_prints_tables_and_writes_results_and_picture(tmp_path, device):
-    pytest.importorskip("matplotlib")
-    picture = tmp_path / "roofline.png"
-    sizes = ("--tasks", "5", "--entries", "3e3", "--lists", "--seconds", "0", "--threads", "1")
-    printed, results = run(tmp_path / "results.json", *sizes, "--picture", str(picture), device=device)
+def test_a_run_prints_tables_and_draws(small_run):
+    printed, results, picture = small_run
     assert "float32, T = 5, flat: 3,000 entries a task" in printed
     assert all(column in printed for column in ("% of read", "% of peak", "host µs", "stack(cat) @ .T"))
     assert "medians of interleaved rounds" in printed
+    assert picture.startswith(b"\x89PNG")
     assert results["machine"]["torch"] == torch.__version__
     assert results["machine"]["date"][:2] == "20"
     assert {"cpu", "cores", "gpus", "commit", "backends", "load_average"} <= set(results["machine"])
-    check_cases(results, [(dtype, 5, "flat") for dtype in ("float32", "bfloat16")])
-    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_of_what_does_not_fit_the_host_cost_is_left(tmp_path):
-    options = ("--tasks", "2", "--entries", "--lists", "resnet18", "--dtypes", "float32", "--memory", "0.01")
-    printed, results = run(tmp_path / "results.json", *options, "--threads", "1")
-    assert "host cost alone" in printed
-    records = {r["method"]: r for r in results["records"]}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_written_numbers_go_together(small_run, dtype):
+    records = by_method(small_run[1], dtype, "flat")
+    usual = {name for name, method in methods.METHODS.items() if not method.compiled and not method.tf32}
+    assert {"read", "multiply-add"} | usual <= set(records)
+    fastest = min(r["milliseconds"] for name, r in records.items() if name.startswith("read"))
+    for name, r in records.items():
+        low, high = r["quartiles"]
+        assert 0 < low <= r["milliseconds"] <= high
+        if name == "multiply-add":
+            continue
+        assert r["bytes"] == 5 * 3000 * getattr(torch, dtype).itemsize
+        assert r["gigabytes_per_second"] == pytest.approx(r["bytes"] / r["milliseconds"] / 1e6)
+        assert r["percent_of_read"] == pytest.approx(100 * fastest / r["milliseconds"])
+        if name in usual:
+            peak = records["multiply-add"]["gigaflops_per_second"]
+            assert r["gigaflops_per_second"] == pytest.approx(30 * 3000 / r["milliseconds"] / 1e6)
+            assert r["percent_of_peak"] == pytest.approx(100 * r["gigaflops_per_second"] / peak)
+            assert r["host_microseconds"] > 0
+            assert r["error"] < (1e-7 if name.startswith("pairwise") else 1e-2)
+            assert r["extra_bytes"] is None or r["extra_bytes"] >= 0
+
+
+def test_of_what_does_not_fit_the_host_cost_is_left(small_run):
+    printed, results, _ = small_run
+    assert "host cost alone" in printed.replace("\n", " ")
+    records = by_method(results, "float32", "resnet18")
     assert records["pairwise"]["tensors"] == 62
     assert 0 < records["pairwise, stacked"]["host_microseconds"] < records["torch.dot by pair"]["host_microseconds"]
     assert not any("milliseconds" in r for r in records.values())
+
+
+def test_documents_can_quote_a_run(small_run, device, monkeypatch):
+    results = small_run[1]
+    monkeypatch.setattr(render, "load", lambda name: {f"bench_{device}": results}[name])
+    flat = by_method(results, "float32", "flat")
+    reading = min(r["milliseconds"] for name, r in flat.items() if name.startswith("read"))
+    ours = flat["pairwise"]["milliseconds"]
+    (cells,) = rows_of(render.bench_table(device, "float32", "flat"))
+    assert cells[:3] == ["flat", "5", "3,000"]
+    assert [float(cell) for cell in cells[3:5]] == pytest.approx([reading, ours], rel=0.01)
+    assert float(cells[5]) == pytest.approx(100 * reading / ours, abs=0.6)
+    assert float(cells[-2]) == pytest.approx(flat["pairwise"]["error"], rel=0.5)
+    assert rows_of(render.bench_table(device, "float32", "lists")) == []  # did not fit
+    hosts = rows_of(render.host_table(device))
+    assert [row[:2] for row in hosts] == [["flat", "1"], ["resnet18", "62"]]
+    assert float(hosts[0][2].split(" / ")[0]) == pytest.approx(flat["pairwise"]["host_microseconds"], rel=0.05)
+
+
+def rows_of(table):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
 @pytest.mark.parametrize(
