@@ -30,6 +30,7 @@ WORLDS = (4, 2, 1)
 # Into how many parts the batch is cut, and into how many each layer.
 MESHES = [(4, 1), (2, 2), (1, 4), (2, 1), (1, 2), (1, 1)]
 EXACT = ("auto", "batched", "blockwise", "sequential")
+STATEFUL = ("famo", "gradnorm", "rlw")
 TASKS = ("a", "b", "c")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TIMEOUT = 240  # seconds for all that the processes do
@@ -142,6 +143,27 @@ def sketched(rank: int) -> dict:
     return {"gram": scalarizer.stats.gram, "standard_error": scalarizer.stats.standard_error, "grads": grads_of(model)}
 
 
+def sample_losses(outputs: dict[str, Tensor], y: Tensor) -> dict[str, Tensor]:
+    """Those of `losses_of`, before the mean."""
+    return {name: 10.0 ** TASKS.index(name) * (out - y).square().squeeze(1) for name, out in outputs.items()}
+
+
+def variant(rank: int, *, unbiased: bool, local: bool) -> dict:
+    """Statistics of one step without noise, or without sending gradients."""
+    x, y = batch(rank, 0)
+    model = DistributedDataParallel(build())
+    scalarizer = gradstats.Scalarizer("uniform", tasks=TASKS, record_every=1, unbiased=unbiased, local=local)
+    scalarizer((sample_losses if unbiased else losses_of)(model(x), y)).backward()
+    stats = scalarizer.stats
+    return {
+        "gram": stats.gram,
+        "method": stats.method,
+        "standard_error": stats.standard_error,
+        "noise_trace": stats.noise_trace,
+        "grads": grads_of(model),
+    }
+
+
 def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], method: str, inputs: object = None) -> dict:
     """Four steps with weights that the Gramians of the first decide."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -155,6 +177,21 @@ def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], method: st
         optimizer.step()
         optimizer.zero_grad()
     return {"weights": torch.stack(weights), "parameters": [whole(p.detach()) for p in model.parameters()]}
+
+
+def stateful(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], weighting: str) -> Tensor:
+    """The weights of some steps with a weighting that learns from losses before and after them."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scalarizer = gradstats.Scalarizer(weighting, tasks=TASKS)
+    weights = []
+    for x, y in batches:
+        scalarizer(losses_of(model(x), y)).backward()
+        weights.append(scalarizer.weights)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            scalarizer.after_step(losses_of(model(x), y))
+    return torch.stack(weights)
 
 
 def build_sharded(data: int, tensor: int) -> nn.Module:
@@ -248,6 +285,8 @@ def worker(rank: int, folder: str) -> None:
         )
         results = {method: first_step(rank, method) for method in EXACT}
         results["sketch"] = sketched(rank)
+        for unbiased, local in ((False, True), (True, False), (True, True)):
+            results[f"variant {unbiased} {local}"] = variant(rank, unbiased=unbiased, local=local)
         for method in ("auto", "blockwise", "sketch"):
             batches = (batch(rank, step) for step in range(4))
             results[f"train {method}"] = train(DistributedDataParallel(build()), batches, method)
@@ -257,6 +296,9 @@ def worker(rank: int, folder: str) -> None:
             batches = (batch(rank // mesh[1], step) for step in range(4))
             results[f"train sharded {mesh}"] = train(model, batches, "auto", inputs=model)
         if world == 2:
+            for weighting in STATEFUL:
+                batches = (batch(rank, step) for step in range(4))
+                results[weighting] = stateful(DistributedDataParallel(build()), batches, weighting)
             results["autoscale"] = autoscale(rank)
             results["missing"] = missing_task(rank)
             results["not_finite"] = not_finite_on_one_rank(rank)
@@ -359,6 +401,52 @@ def test_sketch_estimates_the_gramian_of_the_averaged_gradients(
         torch.testing.assert_close(found, single, rtol=1e-5, atol=1e-5)
 
 
+def single_rank(rank: int, *, unbiased: bool) -> gradstats.GradStats:
+    model = build()
+    x, y = batch(rank, 0)
+    losses = (sample_losses if unbiased else losses_of)(model(x), y)
+    return gradstats.from_losses(losses, model.encoder, unbiased=unbiased)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_local_gramian_is_the_mean_of_the_ranks(
+    results_by_world: dict[int, list[dict]], unbiased: bool, world: int
+) -> None:
+    first, *others = (r[f"variant {unbiased} True"] for r in results_by_world[world])
+    singles = [single_rank(rank, unbiased=unbiased) for rank in range(world)]
+    torch.testing.assert_close(first["gram"], torch.stack([s.gram for s in singles]).mean(0), rtol=1e-6, atol=0)
+    assert ("local" in first["method"]) == (world > 1)
+    assert all(torch.equal(other["gram"], first["gram"]) for other in others)
+    if unbiased:
+        errors = torch.stack([s.standard_error for s in singles])
+        torch.testing.assert_close(first["standard_error"], errors.norm(dim=0) / world, rtol=1e-5, atol=0)
+        noise = torch.stack([s.noise_trace for s in singles]).mean(0)
+        torch.testing.assert_close(first["noise_trace"], noise, rtol=1e-5, atol=0)
+    else:  # squared norms keep the noise that averaging takes away
+        exact, _, _ = single_process(world=world)
+        assert (first["gram"].diagonal() >= exact.diagonal() * (1 - 1e-6)).all()
+    for found, single in zip(first["grads"], single_process(world=world)[2], strict=True):
+        torch.testing.assert_close(found, single, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_unbiased_gramian_is_that_of_parts_spread_over_ranks(
+    results_by_world: dict[int, list[dict]], world: int
+) -> None:
+    first, *others = (r["variant True False"] for r in results_by_world[world])
+    # In one process: with the samples in such an order that its parts are those that the ranks hold together.
+    batches = [batch(rank, 0) for rank in range(world)]
+    x, y = (torch.stack(tensors, 1).flatten(0, 1) for tensors in zip(*batches, strict=True))
+    model = build()
+    expected = gradstats.from_losses(sample_losses(model(x), y), model.encoder, unbiased=True, parts=8)
+    norms = expected.norms
+    assert ((first["gram"] - expected.gram).abs() <= 1e-5 * torch.outer(norms, norms)).all()
+    torch.testing.assert_close(first["standard_error"], expected.standard_error, rtol=1e-4, atol=0)
+    torch.testing.assert_close(first["noise_trace"], expected.noise_trace, rtol=1e-4, atol=0)
+    assert all(torch.equal(other["gram"], first["gram"]) for other in others)
+
+
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("method", ["auto", "blockwise", "sketch"])
 def test_ranks_agree_on_weights_from_gramians(results_by_world: dict[int, list[dict]], method: str, world: int) -> None:
@@ -371,6 +459,16 @@ def test_ranks_agree_on_weights_from_gramians(results_by_world: dict[int, list[d
         single = train(build(), (all_batches(step, world) for step in range(4)), method)
         torch.testing.assert_close(first["weights"], single["weights"], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(first["parameters"], single["parameters"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", STATEFUL)
+def test_ranks_agree_on_weights_that_are_learned(results: list[dict], weighting: str) -> None:
+    first, second = (r[weighting] for r in results)
+    assert torch.equal(first, second)
+    assert (first[1:] != first[:-1]).all()
+    torch.testing.assert_close(
+        first, stateful(build(), (all_batches(step, 2) for step in range(4)), weighting), rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("mesh", MESHES)
