@@ -151,13 +151,16 @@ def test_rlw_draws_from_its_distribution(distribution):
     weighting = create("rlw", 4, distribution=distribution)
     drawn = torch.stack([weighting(torch.ones(4, dtype=torch.float64)) for _ in range(4000)])
     assert_close(drawn.sum(1), torch.full((4000,), 4.0, dtype=torch.float64))
-    generator = torch.Generator().manual_seed(0)
-    uniform = -torch.rand(100_000, 4, dtype=torch.float64, generator=generator).log()  # normalised: on the simplex
-    normal = torch.randn(100_000, 4, dtype=torch.float64, generator=generator).softmax(1)
-    expected = 4 * (normal if distribution == "normal" else uniform / uniform.sum(1, keepdim=True))
+    torch.manual_seed(0)
+    if distribution == "normal":  # TorchJD's weights sum to 1
+        theirs, first = torchjd.scalarization.Random(), vector(1, 0, 0, 0)
+        expected = 4 * torch.stack([theirs(first) for _ in range(20_000)])
+    else:  # normalised exponential numbers are uniform on the simplex
+        exponential = -torch.rand(20_000, 4, dtype=torch.float64).log()
+        expected = 4 * exponential[:, 0] / exponential.sum(1)
     shares = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     for task in range(4):
-        difference = drawn[:, task].quantile(shares) - expected[:, 0].quantile(shares)
+        difference = drawn[:, task].quantile(shares) - expected.quantile(shares)
         assert difference.abs().max() < 0.15  # three standard errors of the highest quantile
     successive = torch.corrcoef(torch.stack([drawn[1:, 0], drawn[:-1, 0]]))[0, 1]
     assert successive.abs() < 0.06

@@ -63,7 +63,7 @@ class RLW(Weighting):
         uses="random",
         cost="O(T)",
         sign="≥ 0",
-        tested="its two distributions' quantiles",
+        tested="its two distributions' quantiles; TorchJD",
     )
 
     STATE = ("step", "weights")
