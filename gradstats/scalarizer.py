@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,7 +52,10 @@ class Scalarizer(nn.Module):
         num_directions: With ``method="sketch"``, how many directions are drawn in a collection.
         unbiased: Whether Gramians are recorded without the noise of the minibatch, as by :func:`gradstats.from_losses`.
             The losses of all calls are then those of the samples, ``[B]``, whose means are what is weighted and
-            summed. For one process.
+            summed; as many on each rank.
+        local: With several processes, record the mean of the Gramians of the ranks' own gradients, which sends ``T²``
+            numbers and no gradients. It approximates the Gramian of the averaged gradients: squared norms come out
+            larger by the noise that averaging takes away, except with ``unbiased``.
         grad_scaler: The ``GradScaler`` of a float16 loop, so that recorded gradients are scaled like the user's own.
         **options: Options of the weighting, where it is given by name. For ``"fixed"``, ``weights`` may be a mapping
             from task name to number.
@@ -77,6 +82,7 @@ class Scalarizer(nn.Module):
         method: str = "auto",
         num_directions: int | None = None,
         unbiased: bool = False,
+        local: bool = False,
         grad_scaler: torch.amp.GradScaler | None = None,
         **options: Any,
     ) -> None:
@@ -92,7 +98,7 @@ class Scalarizer(nn.Module):
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         self.weighting = _weighting(weighting, self.tasks, options)
         self.record_every, self.accumulate, self.method = record_every, accumulate, method
-        self.num_directions, self.unbiased = num_directions, unbiased
+        self.num_directions, self.unbiased, self.local = num_directions, unbiased, local
         self.stats: GradStats | None = None
         self._inputs = (inputs,)  # in a tuple, so that a module given as inputs does not become a submodule
         self.grad_scaler = grad_scaler
@@ -218,18 +224,15 @@ class Scalarizer(nn.Module):
         if self.grad_scaler is not None:
             scaled = [None if loss is None else self.grad_scaler.scale(loss) for loss in listed]
             scale = self.grad_scaler.get_scale()
-        reduce = None
-        if _distributed():
-            if self.unbiased:
-                raise ValueError("unbiased: expected one process, got several")
-            if not _same_on_all_ranks(signature(self.tasks, scaled, self._inputs[0]), _device(listed)):
-                logger.warning("step %d: the ranks' graphs differ; %s", self._step, _LATER)
-                return None
-            reduce = _mean_over_ranks
+        if _distributed() and not _same_on_all_ranks(self._signature(listed), _device(listed)):
+            logger.warning("step %d: the ranks' graphs differ; %s", self._step, _LATER)
+            return None
         if not self._inputs_show(listed):
             logger.warning("step %d: one task alone does not show what is shared (pass inputs); %s", self._step, _LATER)
             return None
-        stats = (collect_unbiased if self.unbiased else collect)(
+        averaged = _distributed() and not self.local
+        run = functools.partial(collect_unbiased, num_ranks=dist.get_world_size() if averaged else 1)
+        stats = (run if self.unbiased else collect)(
             self.tasks,
             scaled,
             self._inputs[0],
@@ -238,13 +241,20 @@ class Scalarizer(nn.Module):
             weights=weights,
             loss_scale=scale,
             retain_graph=weights is None,
-            reduce=reduce,
+            reduce=_mean_over_ranks if averaged else None,
         )
+        if _distributed() and self.local:
+            stats = _mean_of_ranks(stats)
         if stats.non_finite_names:
             names = ", ".join(stats.non_finite_names)
             logger.warning("step %d: the gradient of %s is not finite; %s", self._step, names, _LATER)
             return None
         return stats
+
+    def _signature(self, listed: list[Tensor | None]) -> int:
+        """A number that ranks share only where they have the same graph and, with ``unbiased``, as many samples."""
+        sizes = [0 if loss is None else loss.numel() for loss in listed]
+        return signature(self.tasks, self._means(listed), self._inputs[0], sizes)
 
     def _count(self, listed: list[Tensor | None], stats: GradStats | None) -> Tensor:
         """Count a micro-step; the last one of a step lets the weighting decide. Returns the weights in force."""
@@ -346,6 +356,26 @@ def _mean_over_ranks(gradient: Tensor) -> Tensor:
     total = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total.div_(dist.get_world_size())
+
+
+def _mean_of_ranks(stats: GradStats) -> GradStats:
+    """The mean of the statistics of all ranks, the same on each to the last bit."""
+    ranks = range(dist.get_world_size())
+
+    def gathered(values: Tensor | None) -> list[Tensor] | list[None]:
+        if values is None:
+            return [None for _ in ranks]
+        found = [torch.empty_like(values) for _ in ranks]
+        dist.all_gather(found, values.contiguous())
+        return found
+
+    fields = (gathered(values) for values in (stats.gram, stats.standard_error, stats.noise_trace))
+    return GradStats.mean(
+        [
+            replace(stats, gram=gram, standard_error=error, noise_trace=noise, method=f"{stats.method}, local")
+            for gram, error, noise in zip(*fields, strict=True)
+        ]
+    )
 
 
 def _mean_of_known_over_ranks(losses: Tensor) -> Tensor:

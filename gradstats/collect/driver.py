@@ -153,11 +153,13 @@ def _make_job(
     return Job(list(losses), named.tensors, graph, new_fold, weights, named.names, needs_gradients)
 
 
-def signature(names: Sequence[str], losses: Sequence[Tensor | None], inputs: Inputs = None) -> int:
+def signature(
+    names: Sequence[str], losses: Sequence[Tensor | None], inputs: Inputs = None, sizes: Sequence[int] = ()
+) -> int:
     """A number that two processes share only if a batched collection would do the same steps in both.
 
     It is derived from the names of the tasks, which of them are present, the shapes and dtypes of the inputs and the
-    tasks that reach each, and the names of the graph's nodes in order. It fits a signed 64-bit integer.
+    tasks that reach each, the names of the graph's nodes in order, and ``sizes``. It fits a signed 64-bit integer.
     """
     present = args.present_losses(names, losses)
     graph = Graph(list(present.values()))
@@ -166,6 +168,7 @@ def signature(names: Sequence[str], losses: Sequence[Tensor | None], inputs: Inp
         list(present),
         [(tuple(t.shape), str(t.dtype), graph.tasks_reaching(t)) for t in args.normal_inputs(inputs, graph).tensors],
         [node.name() for node in graph.children],
+        list(sizes),
     ]
     return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:7], "big")
 
@@ -204,7 +207,7 @@ def _accumulate(grads: dict[Tensor, Tensor]) -> None:
     """Empty ``grads`` into ``.grad`` of its leaves, once, through their own accumulation, which others may hook."""
     leaves, values = list(grads), list(grads.values())
     grads.clear()
-    root = _Deliver.apply(values, *leaves)
+    root = _Deliver.apply(values, *leaves)  # type: ignore[no-untyped-call]  # torch does not annotate it
     torch.autograd.backward(root, torch.zeros_like(root))
 
 

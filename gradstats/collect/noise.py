@@ -55,6 +55,7 @@ def collect_unbiased(
     method: str = "auto",
     owner: Tensor | None = None,
     weights: Weights | None = None,
+    num_ranks: int = 1,
     **options: Any,
 ) -> GradStats:
     """What :func:`~gradstats.collect.driver.collect` does, for losses of single samples and without their noise.
@@ -68,6 +69,7 @@ def collect_unbiased(
         owner: As for :func:`gradstats.from_losses`, integers ``[B]``; then the losses of a task are those of its own
             samples, in their order.
         weights: As for :func:`gradstats.backward`, of the mean losses.
+        num_ranks: Processes over which ``reduce`` averages gradients, each with as many samples.
         options: The other options of :func:`~gradstats.collect.driver.collect`.
 
     Raises:
@@ -104,7 +106,8 @@ def collect_unbiased(
         weights=shares,
         **options,
     )
-    return _without_noise(stats, tuple(names), torch.tensor(sizes, dtype=torch.float64, device=stats.gram.device))
+    samples = torch.tensor(sizes, dtype=torch.float64, device=stats.gram.device) * num_ranks
+    return _without_noise(stats, tuple(names), samples)
 
 
 # ---- the estimates ---------------------------------------------------------------------------------------------------
