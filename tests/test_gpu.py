@@ -60,6 +60,24 @@ def test_agrees_with_the_reference(num_tasks, dtype, form, with_metric):
     assert_same(gram, expected)
 
 
+@pytest.mark.parametrize("num_tasks", [1, 2, 8, 33])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["stacked", "listed", "missing"])
+def test_combinations_agree_with_the_reference(num_tasks, dtype, form):
+    grads, metric = problem(num_tasks, dtype, stacked=form == "stacked", missing=form == "missing")
+    stacked = form == "stacked"
+    weights = torch.randn(num_tasks, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    on_gpu = [g.cuda() for g in grads]
+    combined = ops.combine(on_gpu, num_tasks, weights.cuda(), stacked)
+    for actual, expected in zip(combined, reference.combine(grads, num_tasks, weights, stacked), strict=True):
+        assert actual.stride() == expected.stride()
+        summing = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        torch.testing.assert_close(actual.cpu(), expected, rtol=torch.finfo(dtype).eps, atol=50 * summing)
+    gram, fused = ops.gram_combine(on_gpu, num_tasks, weights.cuda(), [m.cuda() for m in metric], stacked)
+    assert torch.equal(gram, ops.gram(on_gpu, num_tasks, [m.cuda() for m in metric], stacked))
+    assert all(torch.equal(a, b) for a, b in zip(fused, combined, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_is_reproducible_to_the_bit_and_permutes(dtype):
     grads, _ = problem(8, dtype, stacked=True, missing=False)
@@ -99,15 +117,18 @@ def test_runs_on_the_callers_stream_without_synchronising():
 
 def test_is_captured_by_a_cuda_graph():
     block = torch.randn(4, 100_003, device="cuda")
-    ops.gram([block], 4, stacked=True)
+    weights = torch.rand(4, dtype=torch.float64, device="cuda")
+    ops.gram_combine([block], 4, weights, stacked=True)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        gram = ops.gram([block], 4, stacked=True)
+        gram, (combined,) = ops.gram_combine([block], 4, weights, stacked=True)
     block.copy_(torch.randn_like(block))
+    weights.copy_(torch.rand_like(weights))
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(gram, ops.gram([block], 4, stacked=True))
+    assert torch.equal(combined, ops.combine([block], 4, weights, stacked=True)[0])
 
 
 def test_collects_during_backward():
