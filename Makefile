@@ -4,7 +4,7 @@
 #   VENV       where it is
 #   PIP_ARGS   for pip; --extra-index-url https://download.pytorch.org/whl/cpu gets torch without CUDA on Linux
 #   OTHER_TORCH  the torch that `make abi` tests under
-#   DEMO_ARGS  for examples/digits.py, such as "--seeds 1 --epochs 2"; TEST_ARGS for pytest
+#   DEMO_ARGS  for examples/digits.py, such as "--seeds 1 --epochs 2"; TEST_ARGS for pytest, BENCH_ARGS for gradstats bench
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -43,8 +43,8 @@ lint: $(VENV)/.with-dev  ## Check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.with-demo  ## Time pairwise on this CPU against what else there is
-	$(BIN)/python benchmarks/pairwise_cpu.py
+bench: $(VENV)/.with-test  ## Time pairwise beside other ways and what the hardware can do (some minutes)
+	$(BIN)/gradstats bench $(BENCH_ARGS)
 
 clean:  ## Remove what was compiled, caches and notes of what is installed; keep the virtual environment and results
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

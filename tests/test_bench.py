@@ -97,6 +97,7 @@ def test_all_forms_hold_the_same_gradients(gradients):
     assert gradients.matrix.unique().numel() == gradients.matrix.numel()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile imports what it deprecates
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] * method.compiled) for name, method in methods.METHODS.items()],

@@ -24,7 +24,7 @@ from gradstats.report import plot_roofline, save_figure, write_file
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ops.DTYPES}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"tasks": [2, 8, 32, 128], "entries": [10**4, 10**6, 10**7], "memory": 6.0},
+    "cpu": {"tasks": [2, 8, 32, 128], "entries": [10**4, 10**6, 10**7], "memory": 3.0},
     "cuda": {"tasks": [2, 4, 8, 16, 32, 64, 128, 256], "entries": [10**n for n in (4, 6, 7, 8, 9)], "memory": 1e3},
 }
 _USUAL: dict[str, Any] = {"lists": list(MODELS), "seconds": 2.0}
