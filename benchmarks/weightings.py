@@ -1,0 +1,126 @@
+"""Time the weightings that are functions of the Gramian beside TorchJD's, on the same Gramians.
+
+A call is from Gramian to weights, on one thread. Blocks of calls (5 ms of them, or one call) alternate between the
+libraries, so that a busy moment hits both, and the medians of the blocks' CPU times are compared. Gradients are of
+three kinds: independent, of which half the pairs conflict; such that agree with one another; and such that conflict,
+being of norms from 1 to 10 and for or against a common direction in turn. TorchJD keeps to its defaults. Its Nash-MTL
+and ConFIG start from the gradients, here 1,000 entries long, and the former from the solution of the call before.
+
+    OMP_NUM_THREADS=1 python benchmarks/weightings.py --out benchmarks/results/weightings.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchjd.aggregation as jd
+from collect import describe, stamp
+from rich.progress import track
+from torch import Tensor
+
+from gradstats.report import write_file
+from gradstats.weighting import create
+
+SIZES = (2, 8, 32, 128)
+KINDS = ("independent", "agreeing", "conflicting")
+ENTRIES = 1000
+BLOCK_SECONDS = 0.005
+#: From the gradients and their Gramian to weights or, for ConFIG, the aggregated gradient.
+Call = Callable[[Tensor, Tensor], Tensor]
+
+
+def on_gramian(weighting: Callable[[Tensor], Tensor]) -> Call:
+    """What needs the Gramian alone."""
+    return lambda jacobian, gram: weighting(gram)
+
+
+#: TorchJD's, by our names, for a number of tasks; None where it has none.
+THEIRS: dict[str, Callable[[int], Call] | None] = {
+    "exact_slw": None,
+    "mgda": lambda num_tasks: on_gramian(jd.MGDAWeighting()),
+    "pcgrad": lambda num_tasks: on_gramian(jd.PCGradWeighting()),
+    "gradvac": lambda num_tasks: on_gramian(jd.GradVacWeighting()),
+    "cagrad": lambda num_tasks: on_gramian(jd.CAGradWeighting(c=0.5)),
+    "imtl_g": lambda num_tasks: on_gramian(jd.IMTLGWeighting()),
+    "nash_mtl": lambda num_tasks: nash_mtl(num_tasks),
+    "fairgrad": lambda num_tasks: on_gramian(jd.FairGradWeighting(alpha=2.0)),
+    "aligned_mtl": lambda num_tasks: on_gramian(jd.AlignedMTLWeighting()),
+    "upgrad": lambda num_tasks: on_gramian(jd.UPGradWeighting()),
+    "dualproj": lambda num_tasks: on_gramian(jd.DualProjWeighting()),
+    "config": lambda num_tasks: lambda jacobian, gram: jd.ConFIG()(jacobian),
+    "sdmgrad": lambda num_tasks: on_gramian(jd.SDMGradWeighting()),
+    "modo": lambda num_tasks: on_gramian(jd.MoDoWeighting()),
+}
+
+
+def nash_mtl(num_tasks: int) -> Call:
+    """Nash-MTL with the settings of its authors."""
+    weighting = jd.NashMTL(num_tasks, max_norm=1.0, update_weights_every=1, optim_niter=20).weighting
+    return lambda jacobian, gram: weighting(jacobian)
+
+
+def gradients(kind: str, num_tasks: int) -> Tensor:
+    """Gradients ``[T, ENTRIES]`` of a kind."""
+    generator = torch.Generator().manual_seed(num_tasks)
+    jacobian = torch.randn(num_tasks, ENTRIES, dtype=torch.float64, generator=generator)
+    common = torch.randn(ENTRIES, dtype=torch.float64, generator=generator)
+    if kind == "agreeing":
+        return jacobian + common
+    if kind == "conflicting":
+        signs = 1.0 - 2.0 * (torch.arange(num_tasks) % 2)
+        norms = torch.logspace(0.0, 1.0, num_tasks, dtype=torch.float64)
+        return norms[:, None] * (jacobian + signs[:, None] * common)
+    return jacobian
+
+
+def time_block(call: Call, jacobian: Tensor, gram: Tensor) -> float:
+    """Seconds of CPU time of a call, in a block of them."""
+    start, count = time.process_time(), 0
+    while not count or time.process_time() - start < BLOCK_SECONDS:
+        call(jacobian, gram)
+        count += 1
+    return (time.process_time() - start) / count
+
+
+def measure(name: str, kind: str, num_tasks: int, seconds: float) -> dict[str, Any]:
+    """One record: the medians of alternating blocks, in µs of CPU time a call."""
+    jacobian = gradients(kind, num_tasks)
+    gram = jacobian @ jacobian.T
+    weighting, make = create(name, num_tasks), THEIRS[name]
+    calls: dict[str, Call] = {"gradstats": on_gramian(weighting.from_gram)}
+    if make is not None:
+        calls["torchjd"] = make(num_tasks)
+    times: dict[str, list[float]] = {library: [] for library in calls}
+    begin = time.perf_counter()
+    while len(times["gradstats"]) < 5 or time.perf_counter() - begin < seconds:
+        for library, call in calls.items():
+            times[library].append(time_block(call, jacobian, gram))
+    medians = {library: round(statistics.median(values) * 1e6, 1) for library, values in times.items()}
+    return {"name": name, "kind": kind, "num_tasks": num_tasks, "rounds": len(times["gradstats"])} | medians
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
+    parser.add_argument("--names", nargs="+", choices=THEIRS, default=list(THEIRS))
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES)
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each comparison, at least (0.5)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of TorchJD's solvers
+    cases = [(name, kind, size) for size in options.sizes for name in options.names for kind in KINDS]
+    records = [measure(*case, options.seconds) for case in track(cases, "weightings", transient=True)]
+    write_file(options.out, json.dumps(describe() | stamp() | {"records": records}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
