@@ -22,17 +22,18 @@ EPS = float(np.finfo(np.float64).eps)
 RIDGE = 1e-12
 _STATIONARY = 1e-6  # a convex combination this short, beside the shortest gradient, counts as zero
 _STALLED = 3  # full exchanges without progress before single ones, as in the paper
-_FEW, _GUESSES = 64, 16  # with more unknowns than that, gradient steps find the first guess
+_FEW, _GUESSES, _RELAXED = 64, 12, 1.6  # with more unknowns than that, the first guess is worth so many steps
 
 
 def positive_definite(cosine: Array) -> Array:
     """The matrix plus ``RIDGE``; before, the nearest semidefinite one where estimates have made it indefinite."""
-    shifted: Array = cosine + RIDGE * np.eye(len(cosine))
+    shifted: Array = cosine.copy()
+    shifted.ravel()[:: len(shifted) + 1] += RIDGE
     try:
         np.linalg.cholesky(shifted)
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(cosine)
-        shifted = (vectors * (values.clip(0.0) + 2 * RIDGE)) @ vectors.T
+        shifted = np.asarray((vectors * (values.clip(0.0) + RIDGE)) @ vectors.T)
     return shifted
 
 
@@ -40,9 +41,9 @@ def nonnegative_qp(matrix: Array, linear: Array, guess: Mask | None = None) -> A
     """``argmin ½ zᵀ A z − bᵀ z`` over ``z ≥ 0`` for every row ``b`` of ``linear``.
 
     Block principal pivoting (Júdice & Pires, 1994; for many right-hand sides Kim & Park, 2011): guess which entries are
-    positive, solve for those, exchange the entries that contradict the guess, repeat. All problems advance at once. It
-    ends after finitely many exchanges for a positive definite ``A``; two or three are usual. That the first guess comes
-    from some projected gradient steps, where solving is dearer than those, is our choice.
+    positive, solve for those, exchange the entries that contradict the guess, repeat; one or two rounds are usual. All
+    problems advance at once. Our choice are the first guess, from steps of the alternating direction method of
+    multipliers, and to try the most wrong entry before the last one where single ones are exchanged.
 
     Args:
         matrix: ``A``, positive definite with entries of order 1, ``[T, T]``.
@@ -60,10 +61,11 @@ def nonnegative_qp(matrix: Array, linear: Array, guess: Mask | None = None) -> A
     for _ in range(20 * num_tasks):
         tried = passive[todo]
         found = _solved_on(matrix, linear[todo], tried)
-        slope = found @ matrix - linear[todo]
-        tolerance = 1e-10 * (1.0 + np.abs(found).max(1, keepdims=True))
-        wrong = np.where(tried, found, slope) < -tolerance
         solution[todo] = np.maximum(found, 0.0)
+        slack = np.where(tried, found, found @ matrix - linear[todo])
+        if slack.min() >= 0.0:
+            break
+        wrong = slack < -1e-10 * (1.0 + np.abs(found).max(1, keepdims=True))
         left = wrong.any(1)
         if not left.any():
             break
@@ -72,31 +74,35 @@ def nonnegative_qp(matrix: Array, linear: Array, guess: Mask | None = None) -> A
         fewest[todo] = np.where(progress, count, fewest[todo])
         patience[todo] = np.where(progress, _STALLED, patience[todo] - 1)
         stuck = patience[todo] < 0
-        if stuck.any():  # exchanging everything may cycle; exchanging the last wrong entry alone cannot (Murty's rule)
+        if stuck.any():  # exchanging everything may cycle, and so may the most wrong entry alone, but not the last one
             last = num_tasks - 1 - wrong[:, ::-1].argmax(1)
-            wrong &= ~stuck[:, None] | (np.arange(num_tasks) == last[:, None])
+            single = np.where(patience[todo] < -num_tasks, last, slack[left].argmin(1))
+            wrong &= ~stuck[:, None] | (np.arange(num_tasks) == single[:, None])
         passive[todo] ^= wrong
     return solution
 
 
 def _positive_guess(matrix: Array, linear: Array) -> Mask:
-    """Which entries of the solutions are probably positive: projected gradient steps with Nesterov's momentum."""
-    point = linear
-    if linear.size > _FEW:
-        step = 1.0 / float(np.abs(matrix).sum(0).max())
-        kept, moved = np.eye(len(matrix)) - step * matrix, step * linear
-        last = np.maximum(linear, 0.0)
-        ahead = last
-        for count in range(_GUESSES):
-            point = ahead @ kept + moved
-            here = np.maximum(point, 0.0)
-            ahead = here + count / (count + 3.0) * (here - last)
-            last = here
+    """Which entries of the solutions are probably positive: a few steps of the alternating direction method."""
+    if linear.size <= _FEW:
+        return linear > 0.0
+    # Each step solves without the bounds, at unit penalty as the diagonal is about 1, and projects; slack is the dual.
+    resolvent = np.linalg.inv(matrix + np.eye(len(matrix)))
+    free = linear @ resolvent
+    point, slack = np.maximum(linear, 0.0), np.zeros_like(linear)
+    for _ in range(_GUESSES):
+        found = free + (point - slack) @ resolvent
+        raw = slack + _RELAXED * found + (1.0 - _RELAXED) * point
+        point = np.maximum(raw, 0.0)
+        slack = raw - point
     return point > 0.0
 
 
 def _solved_on(matrix: Array, linear: Array, passive: Mask) -> Array:
     """Solve every problem on its passive entries, the others being zero; all in one size, filled up by the identity."""
+    if passive.all():
+        everywhere: Array = np.linalg.solve(matrix, linear.T).T
+        return everywhere
     size = int(passive.sum(1).max())
     index = np.argsort(~passive, axis=1, kind="stable")[:, :size]
     rows = np.arange(len(linear))[:, None]
@@ -144,7 +150,7 @@ def shortest(norms: Array, cosine: Array) -> Array:
         ``[T]``, ``w ≥ 0`` with ``Σ w = 1``.
     """
     relative = norms.min() / norms
-    units = nonnegative_qp(positive_definite(cosine) + np.outer(relative, relative), relative[None])[0]
+    units = nonnegative_qp(positive_definite(cosine) + relative[:, None] * relative, relative[None])[0]
     weights: Array = units * relative
     return weights / float(weights.sum())
 

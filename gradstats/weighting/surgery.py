@@ -47,7 +47,7 @@ class _Surgery(DirectionWeighting):
         rows = np.arange(len(units))
         for others in self._orders(len(units)).T:
             towards = gradients.cosine[others]
-            slopes = np.einsum("ij,ij->i", units, towards)
+            slopes = (units * towards).sum(1)
             units[rows, others] += self._change(gradients, units, others, slopes)
         lengths = gradients.lengths
         weights: Array = (lengths @ units) / lengths
@@ -55,8 +55,10 @@ class _Surgery(DirectionWeighting):
 
     def _orders(self, count: int) -> NDArray[np.intp]:
         """For each task the others in random order, ``[M, M - 1]``."""
-        keys = np.random.default_rng((self.seed, self.step)).random((count, count))
         self.step += 1
+        if count == 2:  # there is but one
+            return np.array([[1], [0]])
+        keys = np.random.default_rng((self.seed, self.step)).random((count, count))
         np.fill_diagonal(keys, 2.0)  # itself comes last
         return keys.argsort(1)[:, :-1]
 
@@ -138,7 +140,7 @@ class GradVac(_Surgery):
         self.targets = torch.zeros(num_tasks, num_tasks, dtype=torch.float64, device="cpu")
 
     def _change(self, gradients: Gradients, units: Array, others: NDArray[np.intp], slopes: Array) -> Array:
-        lengths = np.sqrt(np.einsum("ij,ij->i", units @ gradients.cosine, units).clip(0.0))
+        lengths = np.sqrt((units @ gradients.cosine * units).sum(1).clip(0.0))
         cosines = np.divide(slopes, lengths, out=np.zeros_like(slopes), where=lengths > 0.0).clip(-1.0, 1.0)
         pairs = (gradients.tasks, gradients.tasks[others])
         all_targets = self.targets.numpy()
