@@ -30,7 +30,7 @@ constexpr int kMaxBuffers = 160;
 // What one launch reads.
 struct Buffers {
   const uint4* data[kMaxBuffers];
-  int64_t words[kMaxBuffers];
+  int64_t bytes[kMaxBuffers];
   int64_t first_chunk[kMaxBuffers];
   int64_t chunks = 0;  // of all buffers
   int count = 0;
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) read_kernel(const __grid_constant__ 
   for (int64_t chunk = blockIdx.x; chunk < buffers.chunks; chunk += gridDim.x) {
     while (buffer + 1 < buffers.count && buffers.first_chunk[buffer + 1] <= chunk) ++buffer;
     const uint4* const data = buffers.data[buffer];
-    const int64_t words = buffers.words[buffer];
+    const int64_t words = buffers.bytes[buffer] / 16;
     const int64_t first = (chunk - buffers.first_chunk[buffer]) * kChunk + threadIdx.x;
     uint4 read[kWords];
 #pragma unroll
@@ -55,6 +55,11 @@ __global__ void __launch_bounds__(kThreads) read_kernel(const __grid_constant__ 
 #pragma unroll
     for (const uint4& word : read) all.x ^= word.x, all.y ^= word.y, all.z ^= word.z, all.w ^= word.w;
   }
+  if (blockIdx.x == 0)  // what is left behind the last whole words
+    for (int b = threadIdx.x; b < buffers.count; b += kThreads) {
+      const auto* const data = reinterpret_cast<const unsigned char*>(buffers.data[b]);
+      for (int64_t at = buffers.bytes[b] / 16 * 16; at < buffers.bytes[b]; ++at) all.x ^= data[at];
+    }
   const unsigned mine = __reduce_xor_sync(~0u, all.x ^ all.y ^ all.z ^ all.w);
   if (threadIdx.x % 32 == 0) atomicXor(seen, mine);
 }
@@ -119,11 +124,11 @@ Tensor read(std::vector<Tensor> tensors, int64_t /*ahead*/) {
   for (const Tensor& tensor : tensors) {
     const int64_t bytes = tensor.numel() * tensor.element_size();
     const auto* const data = static_cast<const uint4*>(tensor.const_data_ptr());
-    STD_TORCH_CHECK(tensor.is_contiguous() && bytes % 16 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0,
-                    "gradstats::_read: expected contiguous tensors of whole, aligned words of 16 bytes");
+    STD_TORCH_CHECK(tensor.is_contiguous() && reinterpret_cast<uintptr_t>(data) % 16 == 0,
+                    "gradstats::_read: expected contiguous tensors, aligned to 16 bytes");
     if (buffers.count == kMaxBuffers) launch();
     buffers.data[buffers.count] = data;
-    buffers.words[buffers.count] = bytes / 16;
+    buffers.bytes[buffers.count] = bytes;
     buffers.first_chunk[buffers.count++] = buffers.chunks;
     buffers.chunks += (bytes / 16 + kChunk - 1) / kChunk;
   }

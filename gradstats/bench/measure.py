@@ -130,8 +130,9 @@ def measure_case(case: Case, *, seconds: float, compiled: bool, fits: bool) -> l
     if fits:
         gradients = case.gradients(case.shapes)
         calls = _working_calls(case, methods, gradients, facts)
-        limit_calls, operations = _limit_calls(case, gradients)
-        times = interleaved(limit_calls | calls, small, case.device, seconds)
+        multiplication, operations = _multiplication(case)
+        limit_calls = _reads(case, gradients) | multiplication
+        times = interleaved(limit_calls | calls, _reads(case, single) | small, case.device, seconds)
         facts = {name: {} for name in limit_calls} | facts
         add_shares(case, times, facts, operations)
     return [case.describe() | {"method": name} | record for name, record in facts.items()]
@@ -158,21 +159,29 @@ def bound(method: Method, gradients: Gradients) -> Call:
     return call_with_tf32 if method.tf32 else call
 
 
-def _limit_calls(case: Case, gradients: Gradients) -> tuple[dict[str, Call], float]:
-    """What no method can be faster than, where a compiled library measures it; and the operations of one MULTIPLY."""
+def _reads(case: Case, gradients: Gradients) -> dict[str, Call]:
+    """Ways to read all gradients, where a compiled library has them."""
     if not limits.available(case.device.type):
-        return {}, 0.0
-    tensors = [g for row in gradients.rows for g in row]
+        return {}
+    single = len(gradients.blocks) == 1
+    tensors = gradients.blocks if single else [g for row in gradients.rows for g in row]
     calls: dict[str, Call] = {READ: lambda: limits.read(tensors)}
     if case.device.type == "cpu":
         calls[READ_AHEAD] = lambda: limits.read(tensors, ahead=_AHEAD)
+    return calls
+
+
+def _multiplication(case: Case) -> tuple[dict[str, Call], float]:
+    """Multiplications and additions at the highest rate, where a compiled library has them; and how many those are."""
+    if not limits.available(case.device.type):
+        return {}, 0.0
     if case.device.type == "cuda" and case.dtype.itemsize == 2:
         square = torch.randn(_LARGE, _LARGE, dtype=case.dtype, device=case.device)
-        return calls | {MULTIPLY: lambda: square @ square}, 2.0 * _LARGE**3
+        return {MULTIPLY: lambda: square @ square}, 2.0 * _LARGE**3
     dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
     like = torch.empty(0, dtype=dtype, device=case.device)
     count = _MULTIPLY_ADDS[case.device.type] * (case.threads if case.device.type == "cpu" else 1)
-    return calls | {MULTIPLY: lambda: limits.multiply_add(like, count)}, 2 * limits.multiply_add(like, count).item()
+    return {MULTIPLY: lambda: limits.multiply_add(like, count)}, 2 * limits.multiply_add(like, count).item()
 
 
 def _working_calls(

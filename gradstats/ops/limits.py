@@ -28,7 +28,7 @@ def read(tensors: Sequence[Tensor], *, ahead: int = 0) -> Tensor:
     """Read contiguous tensors once, with torch's threads, and do nothing else.
 
     Args:
-        tensors: At least one, all on one device.
+        tensors: At least one, all on one device; on a GPU aligned to 16 bytes.
         ahead: On the CPU, ask for memory so many bytes before it is needed; 0 leaves that to the processor.
 
     Returns:
