@@ -10,7 +10,7 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include "../gram_args.h"
-#include "launch_plan.h"
+#include "kernels.cuh"
 
 namespace gradstats::cuda {
 namespace {
@@ -32,6 +32,17 @@ std::vector<Tensor> contiguous_parameter(const std::vector<Tensor>& grads, int64
   return rows;
 }
 
+void launch_fast(const FastLaunch& launch, double* sums, cudaStream_t stream) {
+  std::visit(
+      [&](const auto& table) {
+        const Geometry shape = geometry(launch.kernel, launch.dtype, table.num_tasks);
+        const dim3 grid(shape.blocks_per_slot, table.num_slots);
+        fast_kernel(launch, table)<<<grid, shape.threads, 0, stream>>>(table, sums);
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+      },
+      launch.table);
+}
+
 Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> metric, bool stacked) {
   const std::vector<Walk> walks = read_arguments(grads, num_tasks, metric, stacked);
   const int32_t device = grads[0].get_device_index();
@@ -42,36 +53,34 @@ Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> me
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_handle));
   const auto stream = static_cast<cudaStream_t>(stream_handle);
 
-  int64_t entries = 0;
-  for (const Walk& walk : walks) entries += walk.numel;
-  const int64_t slots = num_slots(entries, num_tasks), tiles = num_tiles(num_tasks);
-  const int64_t tile_pairs = tiles * (tiles + 1) / 2;
-  Tensor partial = torch::stable::new_zeros(grads[0], {slots, tile_pairs, kThreads}, ScalarType::Double);
+  const Plan plan = make_plan(walks, num_tasks, !metric.empty());
+  Tensor partial = torch::stable::new_empty(grads[0], {num_pairs(num_tasks), plan.num_slots}, ScalarType::Double);
   Tensor result = torch::stable::new_empty(grads[0], {num_tasks, num_tasks}, ScalarType::Double);
-
   auto* const sums = partial.mutable_data_ptr<double>();
-  LaunchPlan plan(num_tasks, !metric.empty(), [&](Launch launch) {
-    launch.slot_entries = (launch.starts[launch.num_segments] + slots - 1) / slots;
-    const dim3 grid(slots, num_tile_pairs(launch));
-    gram_partial_kernel<<<grid, kThreads, 0, stream>>>(launch, sums);
+
+  for (const FastLaunch& launch : plan.fast) launch_fast(launch, sums, stream);
+  GeneralPlan general(num_tasks, !metric.empty(), plan.num_slots, !plan.fast.empty(), [&](const GeneralLaunch& launch) {
+    const dim3 grid(launch.num_slots, num_tile_pairs(launch));
+    general_kernel<<<grid, kGeneralThreads, 0, stream>>>(launch, sums);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
-  for (const Walk& walk : walks) {
-    if (is_dense(walk)) {
-      plan.add(walk);
+  for (const Walk* walk : plan.general) {
+    if (is_dense(*walk)) {
+      general.append(*walk);
       continue;
     }
     // One copied parameter at a time: the allocator may reuse its memory behind the launch, on the same stream.
-    const auto rows = contiguous_parameter(grads, num_tasks, stacked, walk.parameter);
+    const auto rows = contiguous_parameter(grads, num_tasks, stacked, walk->parameter);
     std::vector<Tensor> scale;
-    if (!metric.empty()) scale.push_back(torch::stable::contiguous(metric[walk.parameter]));
+    if (!metric.empty()) scale.push_back(torch::stable::contiguous(metric[walk->parameter]));
     const std::vector<Walk> copied = read_arguments(rows, num_tasks, scale, stacked);
-    plan.flush();
-    plan.add(copied[0]);
-    plan.flush();
+    general.flush();
+    general.append(copied[0]);
+    general.flush();
   }
-  plan.flush();
-  gram_reduce_kernel<<<tile_pairs, kThreads, 0, stream>>>(sums, slots, num_tasks, result.mutable_data_ptr<double>());
+  general.flush();
+  reduce_kernel<<<dim3(num_tasks, num_tasks), kReduceThreads, 0, stream>>>(sums, plan.num_slots, num_tasks,
+                                                                            result.mutable_data_ptr<double>());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return result;
 }

@@ -1,24 +1,25 @@
-// Cuts the work of gradstats::gram into kernel launches: which rows of which parameters each one reads. Torch-free.
+// Cuts the work of gradstats::gram into kernel launches: which kernel reads which rows of which parameters, and in how
+// many slots. By sizes, dtype and layout alone, never by the device, so that every device agrees. Torch-free.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <variant>
+#include <vector>
 
 #include "../walk.h"
-#include "gram_kernel.cuh"
+#include "gram_fragment.cuh"
+#include "gram_general.cuh"
+#include "gram_register.cuh"
 
 namespace gradstats::cuda {
 
-// Ranges of entries that are summed apart: by sizes alone, never by the device, so that every device agrees. Many
-// tasks bring many tiles and so need fewer slots to fill it.
-inline int64_t num_slots(int64_t entries, int64_t num_tasks) {
-  constexpr int64_t kBlocks = 1024, kMinSlots = 16, kMaxSlots = 512, kMinEntries = 1024;
-  const int64_t tiles = num_tiles(static_cast<int>(num_tasks));
-  const int64_t wanted = std::clamp(kBlocks / (tiles * (tiles + 1) / 2), kMinSlots, kMaxSlots);
-  return std::clamp<int64_t>(entries / kMinEntries, 1, wanted);
-}
+enum class Kernel : uint8_t { general, registers, fragments };
 
-// Whether the kernel can read a parameter where it lies: one contiguous run in every row.
+// The sums of 36 pairs leave registers for enough loads in flight; those of more do not.
+constexpr int64_t kRegisterTasks = 8;
+
+// Whether the kernels can read a parameter where it lies: one contiguous run in every row.
 inline bool is_dense(const Walk& walk) {
   if (walk.num_loops() > 1) return false;
   for (size_t row = 0; row < walk.data.size(); ++row)
@@ -26,34 +27,164 @@ inline bool is_dense(const Walk& walk) {
   return true;
 }
 
-// Gathers dense parameters into launches and hands each to `submit` when it is full.
-template <class Submit>
-class LaunchPlan {
- public:
-  LaunchPlan(int64_t num_tasks, bool has_metric, Submit submit)
-      : num_tasks_(static_cast<int>(num_tasks)), has_metric_(has_metric), submit_(submit) {}
+inline bool is_aligned(const void* const* rows, int64_t num_rows) {
+  return std::all_of(rows, rows + num_rows, [](const void* row) { return reinterpret_cast<uintptr_t>(row) % 16 == 0; });
+}
 
-  void add(const Walk& walk) {
+inline Kernel choose_kernel(DType dtype, int64_t num_tasks, bool dense, bool has_metric) {
+  if (!dense || has_metric || num_tasks > LargeTable::kMaxRows) return Kernel::general;
+  if (num_tasks <= kRegisterTasks) return Kernel::registers;
+  return dtype == DType::float64 ? Kernel::general : Kernel::fragments;  // no tensor core product is float64 enough
+}
+
+// Calls f with a value of the type that a dtype names.
+template <class F>
+auto with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::float32: return f(float{});
+    case DType::float64: return f(double{});
+    case DType::float16: return f(Float16{});
+    default: return f(BFloat16{});
+  }
+}
+
+// How the blocks of a launch are laid out.
+struct Geometry {
+  int blocks_per_slot;
+  int threads;
+  int64_t chunk;  // entries of each row that a block reads at a time
+};
+
+inline Geometry geometry(Kernel kernel, DType dtype, int64_t num_tasks) {
+  return with_dtype(dtype, [&](auto in) -> Geometry {
+    using In = decltype(in);
+    if (kernel == Kernel::registers) return {1, kRegisterThreads, kRegisterChunk<In>};
+    const int sides = num_sides(static_cast<int>(num_tasks)), pairs = sides * (sides + 1) / 2;
+    if (pairs == 1) return {1, 32 * kFragmentWarps, kFragmentWarps * kWarpColumns<In>};
+    const int blocks = (pairs + kPairWarps - 1) / kPairWarps;
+    return {blocks, 32 * ((pairs + blocks - 1) / blocks), kWarpColumns<In>};
+  });
+}
+
+// Ranges of entries that are summed apart: enough to fill any device a few times, but no more than the reading of
+// their entries is worth. 1056 = 8 x 132, the multiprocessors of an H200.
+inline int64_t num_slots(Kernel kernel, DType dtype, int64_t num_tasks, int64_t entries) {
+  if (kernel == Kernel::general) {
+    const int64_t tiles = num_tiles(static_cast<int>(num_tasks));
+    return std::clamp<int64_t>(entries / 1024, 1, std::clamp<int64_t>(1024 / (tiles * (tiles + 1) / 2), 16, 512));
+  }
+  const Geometry shape = geometry(kernel, dtype, num_tasks);
+  const int64_t chunks = (entries + shape.chunk - 1) / shape.chunk;
+  if (kernel == Kernel::registers) return std::min<int64_t>(chunks, 2 * 1056);
+  const int64_t most = std::max(1056 / shape.blocks_per_slot, 132);
+  return std::clamp<int64_t>(entries / (8 * num_tasks), 1, std::min(chunks, most));
+}
+
+// One launch of a fast kernel.
+struct FastLaunch {
+  Kernel kernel;
+  DType dtype;
+  std::variant<SmallTable, LargeTable> table;
+};
+
+// What gradstats::gram does: the fast launches, and what is left for the general kernel.
+struct Plan {
+  int64_t num_slots = 0;  // of every launch
+  std::vector<FastLaunch> fast;
+  std::vector<const Walk*> general;
+};
+
+namespace detail {
+
+template <class Table>
+void append_segment(Table& table, const Walk& walk, int64_t chunk) {
+  const int32_t s = table.num_segments++;
+  std::copy_n(walk.data.begin(), table.num_tasks, table.rows + s * table.num_tasks);
+  table.numel[s] = walk.numel;
+  table.first_chunk[s + 1] = table.first_chunk[s] + static_cast<int32_t>((walk.numel + chunk - 1) / chunk);
+  table.aligned[s] = is_aligned(walk.data.data(), table.num_tasks);
+}
+
+// The launches of one kernel for parameters of one dtype.
+template <class Table>
+void append_launches(Plan& plan, Kernel kernel, DType dtype, int64_t num_tasks, const std::vector<const Walk*>& walks) {
+  const int64_t chunk = geometry(kernel, dtype, num_tasks).chunk;
+  const size_t capacity = std::min<size_t>(Table::kMaxSegments, Table::kMaxRows / num_tasks);
+  for (size_t first = 0; first < walks.size(); first += capacity) {
+    Table table{};
+    table.num_tasks = static_cast<int32_t>(num_tasks);
+    for (size_t k = first; k < std::min(walks.size(), first + capacity); ++k) append_segment(table, *walks[k], chunk);
+    table.add = !plan.fast.empty();
+    plan.fast.push_back({kernel, dtype, table});
+  }
+}
+
+inline int64_t count_entries(const std::vector<const Walk*>& walks) {
+  int64_t entries = 0;
+  for (const Walk* walk : walks) entries += walk->numel;
+  return entries;
+}
+
+}  // namespace detail
+
+inline Plan make_plan(const std::vector<Walk>& walks, int64_t num_tasks, bool has_metric) {
+  Plan plan;
+  for (DType dtype : {DType::float32, DType::float64, DType::float16, DType::bfloat16}) {
+    const Kernel kernel = choose_kernel(dtype, num_tasks, true, has_metric);
+    std::vector<const Walk*> fast;
+    for (const Walk& walk : walks)
+      if (walk.dtype == dtype) {
+        const bool general = choose_kernel(dtype, num_tasks, is_dense(walk), has_metric) == Kernel::general;
+        (general ? plan.general : fast).push_back(&walk);
+      }
+    if (fast.empty()) continue;
+    plan.num_slots = std::max(plan.num_slots, num_slots(kernel, dtype, num_tasks, detail::count_entries(fast)));
+    const bool small = fast.size() <= SmallTable::kMaxSegments &&
+                       static_cast<int64_t>(fast.size()) * num_tasks <= SmallTable::kMaxRows;
+    (small ? detail::append_launches<SmallTable> : detail::append_launches<LargeTable>)(plan, kernel, dtype, num_tasks,
+                                                                                        fast);
+  }
+  if (!plan.general.empty())
+    plan.num_slots = std::max(plan.num_slots, num_slots(Kernel::general, DType::float64, num_tasks,
+                                                        detail::count_entries(plan.general)));
+  for (FastLaunch& launch : plan.fast)
+    std::visit([&](auto& table) { table.num_slots = static_cast<int32_t>(plan.num_slots); }, launch.table);
+  return plan;
+}
+
+// Gathers dense parameters into launches of the general kernel and hands each to `submit` when it is full.
+template <class Submit>
+class GeneralPlan {
+ public:
+  GeneralPlan(int64_t num_tasks, bool has_metric, int64_t num_slots, bool add, Submit submit)
+      : num_tasks_(static_cast<int>(num_tasks)), has_metric_(has_metric), num_slots_(static_cast<int32_t>(num_slots)),
+        add_(add), submit_(submit) {}
+
+  void append(const Walk& walk) {
     if (count_ == capacity()) flush();
     pending_[count_++] = &walk;
   }
 
   // Submits what is gathered, once for each pair of task groups: a single one unless there are very many tasks.
   void flush() {
-    for (int a = 0; count_ > 0 && a < num_tasks_; a += kGroup)
-      for (int b = a; b < num_tasks_; b += kGroup) submit_(launch(a, b));
+    if (count_ == 0) return;
+    for (int a = 0; a < num_tasks_; a += kTaskGroup)
+      for (int b = a; b < num_tasks_; b += kTaskGroup) submit_(launch(a, b));
     count_ = 0;
+    add_ = true;
   }
 
  private:
-  int capacity() const { return std::min(kMaxSegments, kMaxRows / std::min(num_tasks_, kMaxRows)); }
+  int capacity() const { return std::min(kGeneralSegments, kGeneralRows / std::min(num_tasks_, kGeneralRows)); }
 
-  Launch launch(int first_a, int first_b) const {
-    Launch out{};
+  GeneralLaunch launch(int first_a, int first_b) const {
+    GeneralLaunch out{};
     out.num_tasks = num_tasks_;
+    out.num_slots = num_slots_;
+    out.add = add_;
     out.num_segments = count_;
-    out.first_a = first_a, out.num_a = std::min(kGroup, num_tasks_ - first_a);
-    out.first_b = first_b, out.num_b = std::min(kGroup, num_tasks_ - first_b);
+    out.first_a = first_a, out.num_a = std::min(kTaskGroup, num_tasks_ - first_a);
+    out.first_b = first_b, out.num_b = std::min(kTaskGroup, num_tasks_ - first_b);
     const void** row = out.rows;
     for (int s = 0; s < count_; ++s) {
       const Walk& walk = *pending_[s];
@@ -69,9 +200,11 @@ class LaunchPlan {
 
   int num_tasks_;
   bool has_metric_;
+  int32_t num_slots_;
+  bool add_;
   Submit submit_;
   int count_ = 0;
-  const Walk* pending_[kMaxSegments] = {};
+  const Walk* pending_[kGeneralSegments] = {};
 };
 
 }  // namespace gradstats::cuda

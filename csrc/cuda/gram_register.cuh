@@ -1,0 +1,140 @@
+// The register kernel: for few tasks. Each thread reads a vector of every row and keeps the sums of all pairs in its
+// registers, so there is nothing between memory and the multiply-adds.
+//
+// Sums of float32 products take kChain terms at most before they go to float64: that bounds their error at 2e-7 of the
+// norms even on constants. Every pair sees the same operations in the same order, so permuting tasks permutes the
+// result exactly.
+#pragma once
+
+#include "vectors.cuh"
+
+namespace gradstats::cuda {
+
+constexpr int kRegisterThreads = 128;
+constexpr int kChain = 16;
+
+// Blocks on a multiprocessor, which is to say registers: enough loads in flight, nothing in local memory.
+template <int T>
+constexpr int kRegisterBlocks = T == 2 ? 12 : T == 4 ? 5 : T == 6 ? 4 : 3;
+
+template <class In>
+constexpr int kVectors = kChain / kWidth<In>;  // of each row that a thread reads for a chunk
+
+template <>
+constexpr int kVectors<double> = 4;
+
+template <class In>
+constexpr int kRegisterChunk = kVectors<In> * kWidth<In> * kRegisterThreads;
+
+template <int T>
+constexpr int kPairs = T * (T + 1) / 2;
+
+// pairs += the products of x[i] and x[j] for i <= j.
+template <int T, class Sum>
+__device__ void add_products(Sum (&pairs)[kPairs<T>], const Sum (&x)[T]) {
+#pragma unroll
+  for (int i = 0; i < T; ++i)
+#pragma unroll
+    for (int j = i; j < T; ++j) {
+      Sum& sum = pairs[i * (2 * T - i - 1) / 2 + j];
+      sum = fma(x[i], x[j], sum);
+    }
+}
+
+// Whether float32 products have left their range: by the squares of each row, if its bits say that it is not zeros.
+template <class In, int T>
+__device__ bool out_of_range(const float (&pairs)[kPairs<T>], const uint32_t (&bits)[T]) {
+  constexpr uint32_t kMagnitude = sizeof(In) == 4 ? 0x7fffffffu : 0x7fff7fffu;
+  bool out = false;
+#pragma unroll
+  for (int t = 0; t < T; ++t) {
+    const float square = pairs[t * (2 * T - t - 1) / 2 + t];
+    out |= (bits[t] & kMagnitude) != 0 && !(square >= 0x1p-100f && square <= 0x1p100f);
+  }
+  return out;
+}
+
+// Adds what this thread reads of the chunk that begins at entry `begin`, all of it in whole vectors. Returns false, and
+// adds nothing, where it takes float64.
+template <class In, int T, class Table>
+__device__ bool add_vectors(double (&sums)[kPairs<T>], const Table& table, int segment, int64_t begin) {
+  constexpr bool kIsDouble = std::is_same_v<In, double>;
+  const int64_t numel = table.numel[segment];
+  float chain[kPairs<T>] = {};
+  uint32_t bits[T] = {};  // of each row's entries, all together
+#pragma unroll(8 / T)
+  for (int v = 0; v < kVectors<In>; ++v) {
+    const int64_t at = begin + (v * kRegisterThreads + threadIdx.x) * kWidth<In>;
+    Words rows[T];
+#pragma unroll
+    for (int t = 0; t < T; ++t) {
+      rows[t] = load_vector(row_of<In>(table, segment, t), at, numel);
+      if constexpr (kWideRange<In>) bits[t] |= rows[t].w[0] | rows[t].w[1] | rows[t].w[2] | rows[t].w[3];
+    }
+#pragma unroll
+    for (int e = 0; e < kWidth<In>; ++e) {
+      std::conditional_t<kIsDouble, double, float> x[T];
+#pragma unroll
+      for (int t = 0; t < T; ++t) x[t] = entry_of<In>(rows[t], e);
+      if constexpr (kIsDouble)
+        add_products<T>(sums, x);
+      else
+        add_products<T>(chain, x);
+    }
+  }
+  if constexpr (kWideRange<In>)
+    if (out_of_range<In, T>(chain, bits)) return false;
+  if constexpr (!kIsDouble)
+#pragma unroll
+    for (int p = 0; p < kPairs<T>; ++p) sums[p] += chain[p];
+  return true;
+}
+
+// The same in float64, entry by entry.
+template <class In, int T, class Table>
+__device__ void add_entries(double (&sums)[kPairs<T>], const Table& table, int segment, int64_t begin) {
+  const int64_t numel = table.numel[segment];
+#pragma unroll 1
+  for (int v = 0; v < kVectors<In> * kWidth<In>; ++v) {
+    const int64_t at = begin + (v / kWidth<In> * kRegisterThreads + threadIdx.x) * kWidth<In> + v % kWidth<In>;
+    double x[T];
+#pragma unroll
+    for (int t = 0; t < T; ++t) {
+      const In* row = row_of<In>(table, segment, t);
+      x[t] = row != nullptr && at < numel ? to_double(row[at]) : 0.0;
+    }
+    add_products<T>(sums, x);
+  }
+}
+
+// Block y writes the sums of slot y over the pairs of at most T tasks.
+template <class In, int T, class Table>
+__global__ void __launch_bounds__(kRegisterThreads, kRegisterBlocks<T>)
+    register_kernel(const __grid_constant__ Table table, double* partial) {
+  double sums[kPairs<T>] = {};
+  for (Chunk chunk = first_chunk_of(table, blockIdx.y); chunk.index < chunk.end; advance(table, chunk)) {
+    const int64_t begin = chunk.position * kRegisterChunk<In>;
+    const bool whole = is_whole<In>(table, chunk.segment, begin + kRegisterChunk<In>);
+    if (!whole || !add_vectors<In, T>(sums, table, chunk.segment, begin))
+      add_entries<In, T>(sums, table, chunk.segment, begin);
+  }
+
+  __shared__ double warps[kRegisterThreads / 32][kPairs<T>];
+#pragma unroll
+  for (int p = 0; p < kPairs<T>; ++p) {
+    double sum = sums[p];
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_down_sync(~0u, sum, lanes);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32][p] = sum;
+  }
+  __syncthreads();
+  for (int at = threadIdx.x; at < T * T; at += kRegisterThreads) {
+    const int i = at / T, j = at % T;
+    if (i > j || j >= table.num_tasks) continue;
+    double sum = 0.0;
+    for (const auto& warp : warps) sum += warp[pair_index(i, j, T)];
+    write_sum(table, partial, i, j, blockIdx.y, sum);
+  }
+}
+
+}  // namespace gradstats::cuda
