@@ -15,10 +15,10 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constr
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu abi lint bench clean distclean
+.PHONY: help demo test gpu cuda-check abi lint bench clean distclean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.with-demo  ## Train on overlaid digits; table and pictures in demo-results/ (some minutes)
 	$(BIN)/python examples/digits.py $(DEMO_ARGS)
@@ -26,8 +26,16 @@ demo: $(VENV)/.with-demo  ## Train on overlaid digits; table and pictures in dem
 test: $(VENV)/.with-test  ## Run the tests
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
-gpu: $(VENV)/.with-test  ## Run the GPU tests, on a machine with a GPU and a CUDA torch (PIP_ARGS, constraints.txt)
+gpu: $(VENV)/.with-test  ## Test, sanitize and time on a GPU, with a CUDA torch (PIP_ARGS, constraints.txt)
 	GRADSTATS_REQUIRE_COMPILED=1 $(BIN)/python -m pytest -m gpu $(TEST_ARGS)
+	@if command -v compute-sanitizer >/dev/null; then set -e; for tool in memcheck racecheck; do \
+	  echo "compute-sanitizer $$tool"; GRADSTATS_BACKEND=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
+	    --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_gpu.py -k test_small_problems; done; \
+	else echo "no compute-sanitizer here: accesses out of bounds and races not looked for"; fi
+	$(BIN)/python -m benchmarks.pairwise --device cuda
+
+cuda-check: $(VENV)/.with-test  ## Check what nvcc makes of the CUDA kernels, without a GPU
+	$(BIN)/python csrc/check_cuda.py
 
 abi: $(VENV)/.with-torch  ## Test the wheel built with this torch under another one, OTHER_TORCH (downloads it)
 	rm -rf build/abi
