@@ -14,6 +14,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TASKS = (2, 7, 13, 30, 70)  # for each kernel
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def assert_same(gram: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(gram, gram.T)
 
 
-@pytest.mark.parametrize("num_tasks", [1, 2, 3, 8, 13, 16, 33, 70])
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 6, 8, 9, 16, 32, 33, 70, 130])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", ["stacked", "listed", "missing"])
 @pytest.mark.parametrize("with_metric", [False, True])
@@ -78,15 +79,82 @@ def test_combinations_agree_with_the_reference(num_tasks, dtype, form):
     assert all(torch.equal(a, b) for a, b in zip(fused, combined, strict=True))
 
 
+@pytest.mark.parametrize("num_tasks", TASKS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_is_reproducible_to_the_bit_and_permutes(dtype):
-    grads, _ = problem(8, dtype, stacked=True, missing=False)
+def test_small_problems(num_tasks, dtype):
+    """All kernels, in little time: what `make gpu` runs under compute-sanitizer."""
+    shapes = [(2, 2048), (301,), (5,), (33, 64)]
+    generator = torch.Generator().manual_seed(0)
+    blocks = [torch.randn((num_tasks, *shape), generator=generator).to(dtype) for shape in shapes]
+    blocks[1] = blocks[1][:, 1:]  # off 16-byte boundaries
+    gram = gradstats.pairwise([b.cuda() for b in blocks], stacked=True).gram
+    assert_same(gram, reference.gram(blocks, num_tasks, [], True))
+
+
+@pytest.mark.parametrize("num_tasks", TASKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_permuting_tasks_permutes_the_result_exactly(num_tasks, dtype):
+    grads, _ = problem(num_tasks, dtype, stacked=True, missing=False)
     blocks = [g.cuda() for g in grads]
     gram = gradstats.pairwise(blocks, stacked=True).gram
-    assert torch.equal(gradstats.pairwise(blocks, stacked=True).gram, gram)
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(1)).cuda()
+    order = torch.randperm(num_tasks, generator=torch.Generator().manual_seed(1)).cuda()
     permuted = gradstats.pairwise([b[order] for b in blocks], stacked=True).gram
     assert torch.equal(permuted, gram[order][:, order])
+
+
+@pytest.mark.parametrize("num_tasks", TASKS)
+def test_a_thousand_runs_give_the_same_bits(num_tasks):
+    blocks = [torch.randn(num_tasks, size, device="cuda") for size in (200_003, 77, 1 << 16)]
+    gram = ops.gram(blocks, num_tasks, stacked=True)
+    runs = torch.stack([ops.gram(blocks, num_tasks, stacked=True) for _ in range(1000)])
+    assert torch.equal(runs, gram.expand_as(runs))
+
+
+@pytest.mark.parametrize(("num_tasks", "num_params"), [(2, 900), (8, 400), (40, 100)])
+def test_reads_long_lists_in_place(num_tasks, num_params):
+    sizes = [1 + 37 * k % 3000 for k in range(num_params)]
+    grads = [torch.randn(size, device="cuda") for _ in range(num_tasks) for size in sizes]
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    gram = ops.gram(grads, num_tasks)
+    assert torch.cuda.max_memory_allocated() - before < 64 << 20
+    assert_same(gram, reference.gram([g.cpu() for g in grads], num_tasks, [], False))
+
+
+@pytest.mark.parametrize("num_tasks", TASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_constants_stay_within_the_contract(num_tasks, dtype):
+    """The worst case for sums that round: all errors point the same way."""
+    levels = 1 + torch.rand(num_tasks, 1, generator=torch.Generator().manual_seed(3))
+    block = levels.expand(-1, 1 << 20).to(dtype).cuda()
+    gram = ops.gram([block], num_tasks, stacked=True)
+    level = block[:, 0].double()
+    assert ((gram / level / level[:, None] / (1 << 20) - 1).abs() <= 3e-7).all()
+
+
+@pytest.mark.parametrize("num_tasks", [4, 9, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_entries_whose_products_leave_float32(num_tasks, dtype):
+    block = torch.randn(num_tasks, 5000, generator=torch.Generator().manual_seed(4)).double()
+    block[0] *= 1e-25
+    block[1] *= 1e30
+    block[2] = 0
+    block = block.to(dtype)
+    gram, expected = (
+        ops.gram([block.cuda()], num_tasks, stacked=True).cpu(),
+        reference.gram([block], num_tasks, [], True),
+    )
+    norms = expected.diagonal().sqrt()
+    assert ((gram - expected).abs() <= 1e-7 * norms[:, None] * norms[None, :]).all()
+
+
+@pytest.mark.parametrize("num_tasks", [8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norms_of_many_entries_are_not_biased(num_tasks, dtype):
+    block = torch.randn(num_tasks, 1 << 24, device="cuda").to(dtype)
+    squares = sum(part.double().square().sum(1) for part in block.split(1 << 20, dim=1))
+    bias = (ops.gram([block], num_tasks, stacked=True).diagonal() / squares - 1).mean()
+    assert bias.abs() <= 1e-7
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -115,20 +183,18 @@ def test_runs_on_the_callers_stream_without_synchronising():
     assert torch.equal(gram, expected)
 
 
-def test_is_captured_by_a_cuda_graph():
-    block = torch.randn(4, 100_003, device="cuda")
-    weights = torch.rand(4, dtype=torch.float64, device="cuda")
-    ops.gram_combine([block], 4, weights, stacked=True)
+@pytest.mark.parametrize("num_tasks", TASKS)
+def test_is_captured_by_a_cuda_graph(num_tasks):
+    block = torch.randn(num_tasks, 100_003, device="cuda")
+    ops.gram([block], num_tasks, stacked=True)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        gram, (combined,) = ops.gram_combine([block], 4, weights, stacked=True)
+        gram = ops.gram([block], num_tasks, stacked=True)
     block.copy_(torch.randn_like(block))
-    weights.copy_(torch.rand_like(weights))
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(gram, ops.gram([block], 4, stacked=True))
-    assert torch.equal(combined, ops.combine([block], 4, weights, stacked=True)[0])
+    assert torch.equal(gram, ops.gram([block], num_tasks, stacked=True))
 
 
 def test_collects_during_backward():
