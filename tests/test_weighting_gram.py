@@ -16,7 +16,7 @@ from torchjd.linalg import QuadprogProjector
 
 import gradstats
 from gradstats import GradStats, Scalarizer
-from gradstats.weighting import create
+from gradstats.weighting import available, create, facts
 from gradstats.weighting.solvers import dual_cone, nonnegative_qp, positive_definite
 from gradstats.weighting.two_batch import projected
 
@@ -804,14 +804,17 @@ def test_gramians_travel_between_torchjd_and_gradstats():
 # ---- the table in the documentation ---------------------------------------------------------------------------------
 
 
+def test_all_weightings_have_facts():
+    assert len({facts(name).title for name in available()}) == len(available())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_facts_are_those_of_the_class(name):
-    weighting = create(name, 3)
-    uses = weighting.FACTS.uses
+    weighting, uses = create(name, 3), facts(name).uses
     assert ("gramian" in weighting.needs) == any(part in uses for part in ("G", "J₁J₂ᵀ"))
     assert ("state" in uses) == any(
         len(getattr(weighting, n).shape) for n in weighting.STATE if n in ("point", "targets")
     )
     assert ("random" in uses) == hasattr(weighting, "seed")
     weights = torch.cat([create(name, 4).from_gram(gram_of("conflicting", 4, seed)) for seed in range(8)])
-    assert {"> 0": weights.min() > 0, "≥ 0": weights.min() >= 0, "any": True}[weighting.FACTS.sign]
+    assert {"> 0": weights.min() > 0, "≥ 0": weights.min() >= 0, "any": True}[facts(name).sign]

@@ -1,4 +1,9 @@
-"""Weightings: policies from losses and Gramian to one weight per task, by name."""
+"""Weightings: policies from losses and Gramian to one weight per task, by name.
+
+Every method of the public record that is a function of the Gramian, of the losses and of a small state has a name here.
+GradDrop and ExcessMTL have none: they work on the signs and squares of single entries of the gradients, which no
+weighting sees.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import inspect
 from typing import Any
 
 from gradstats.weighting.autoscale import AutoScale
-from gradstats.weighting.base import Weighting
+from gradstats.weighting.base import Facts, Weighting
 from gradstats.weighting.constant import Fixed, Uniform
 from gradstats.weighting.gram_based import (
     IMTLG,
@@ -77,6 +82,7 @@ __all__ = [
     "ConFIG",
     "DualProj",
     "ExactSLW",
+    "Facts",
     "FairGrad",
     "Fixed",
     "GO4Align",
@@ -91,6 +97,7 @@ __all__ = [
     "Weighting",
     "available",
     "create",
+    "facts",
     "options",
 ]
 
@@ -98,6 +105,11 @@ __all__ = [
 def available() -> tuple[str, ...]:
     """Names that :func:`create` knows."""
     return tuple(_BY_NAME)
+
+
+def facts(name: str) -> Facts:
+    """What the documentation says of the weighting called ``name``."""
+    return _BY_NAME[name].FACTS
 
 
 def options(name: str) -> dict[str, inspect.Parameter]:

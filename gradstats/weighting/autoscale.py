@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from gradstats.weighting.base import Weighting
+from gradstats.weighting.base import Facts, Weighting
 
 if TYPE_CHECKING:
     from gradstats.stats import GradStats
@@ -77,6 +77,15 @@ class AutoScale(Weighting):
     Raises:
         ValueError: If an option is out of its range.
     """
+
+    FACTS = Facts(
+        title="AutoScale",
+        paper="arXiv 2508.13979",
+        uses="G, L, state in phase 1",
+        cost="O(T³) a window, then O(1)",
+        sign="> 0",
+        tested="closed forms; SciPy",
+    )
 
     STATE = (
         "step",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradstats.weighting.base import Weighting
+from gradstats.weighting.base import Facts, Weighting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +26,8 @@ class Fixed(Weighting):
     Raises:
         ValueError: If ``weights`` does not hold ``T`` finite, non-negative numbers.
     """
+
+    FACTS = Facts(title="Fixed weights", paper="–", uses="–", cost="O(1)", sign="≥ 0", tested="its definition")
 
     def __init__(self, num_tasks: int, weights: Sequence[float] | Tensor) -> None:
         super().__init__(num_tasks)
@@ -49,6 +51,15 @@ class Uniform(Fixed):
     Args:
         num_tasks: Number of tasks ``T``.
     """
+
+    FACTS = Facts(
+        title="Unitary scalarization",
+        paper="arXiv 2201.04122",
+        uses="–",
+        cost="O(1)",
+        sign="> 0",
+        tested="its definition",
+    )
 
     def __init__(self, num_tasks: int) -> None:
         super().__init__(num_tasks, [1.0] * num_tasks)

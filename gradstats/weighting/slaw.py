@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradstats.weighting.base import Weighting
+from gradstats.weighting.base import Facts, Weighting
 
 if TYPE_CHECKING:
     from gradstats.stats import GradStats
@@ -31,6 +31,15 @@ class SLAW(Weighting):
     Raises:
         ValueError: If ``beta`` is not in (0, 1).
     """
+
+    FACTS = Facts(
+        title="SLAW",
+        paper="arXiv 2109.08218",
+        uses="L, state",
+        cost="O(T)",
+        sign="> 0",
+        tested="the authors' recurrence",
+    )
 
     STATE = ("count", "mean", "variance", "weights")
 
