@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from cases import MODELS
 from methods import APART, FUSED, METHODS, OURS, PLAIN, TASK_BACKWARDS
 
+from gradstats import weighting
 from gradstats.report import COLOURS, save_figure, table, write_file
 
 if TYPE_CHECKING:
@@ -227,10 +228,10 @@ def bench_table(device: str, dtype: str, kind: str) -> str:
     rows = []
     for case in chosen:
         ours, usual = case["pairwise"], case["stack(cat) @ .T"]
-        reading = [case[name].get("milliseconds") for name in ("read", "read ahead") if name in case]
-        times = [min(reading, default=None), ours["milliseconds"]]
+        reading = [taken(case, name) for name in ("read", "read ahead") if name in case]
+        times = [min(reading, default=None), taken(case, "pairwise")]
         shares = [ours.get("percent_of_read"), ours.get("percent_of_peak")]
-        others = [case.get(name, {}).get("milliseconds") for name in shown]
+        others = [taken(case, name) for name in shown]
         extra = [None if r.get("extra_bytes") is None else r["extra_bytes"] / 2**20 for r in (ours, usual)]
         wrong = [case[name].get("error") for name in ("pairwise", "mm, ready-made")]
         rows.append(
@@ -246,6 +247,12 @@ def bench_table(device: str, dtype: str, kind: str) -> str:
             ]
         )
     return table(header, rows, markdown=True)
+
+
+def taken(case: dict[str, Any], method: str) -> float | None:
+    """Milliseconds; on a GPU of the replay of a graph, where there is one."""
+    record = case.get(method, {})
+    return record.get("graph_milliseconds", record.get("milliseconds"))
 
 
 def host_table(device: str) -> str:
@@ -288,7 +295,34 @@ def overhead_table() -> str:
     return table(header, rows, markdown=True)
 
 
+def weightings_table() -> str:
+    """What there is to know of every weighting."""
+    rows = []
+    for name in weighting.available():
+        facts = weighting.facts(name)
+        rows.append([f"`{name}`", facts.title, facts.paper, facts.uses, facts.cost, facts.sign, facts.tested])
+    return table(["name", "method", "paper", "needs", "cost", "weights", "tested against"], rows, markdown=True)
+
+
+def weighting_times_table() -> str:
+    """µs of our weightings and of TorchJD's, on the kind of Gramians where ours do worst beside theirs."""
+    records = load("weightings")["records"]
+    sizes = sorted({r["num_tasks"] for r in records})
+    rows = []
+    for name in dict.fromkeys(r["name"] for r in records):
+        cells = []
+        for size in sizes:
+            kinds = [r for r in records if (r["name"], r["num_tasks"]) == (name, size)]
+            worst = min(kinds, key=lambda r: r.get("torchjd", 0.0) / r["gradstats"])
+            cells += [number(worst["gradstats"]), number(worst.get("torchjd"))]
+        rows.append([weighting.facts(name).title, *cells])
+    header = [title for size in sizes for title in (f"T = {size}", "TorchJD")]
+    return table(["µs of CPU time", *header], rows, markdown=True)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "weightings": weightings_table,
+    "weighting times": weighting_times_table,
     "pairwise": pairwise_table,
     "overhead": overhead_table,
     "collect targets": targets_table,

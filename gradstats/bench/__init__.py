@@ -31,22 +31,23 @@ _USUAL: dict[str, Any] = {"lists": list(MODELS), "seconds": 2.0}
 _QUICK: dict[str, Any] = {"tasks": [2, 8], "entries": [10**4, 10**6], "lists": [], "seconds": 0.2}
 _LEGEND = """\
 Times are medians of interleaved rounds with cold caches. "read" only reads the same tensors, "multiply-add" only
-multiplies and adds; "% of read" and "% of peak" are shares of these. GFLOP/s count T (T + 1) operations an entry.
+multiplies and adds; "% of read" and "% of peak" are shares of these, on a GPU of graph ms. GFLOP/s count T (T + 1)
+operations an entry. extra MiB: growth of the peak of memory over a call.
 host µs: a call with as many tensors of one entry. error: largest |G_ij - exact_ij| / (n_i n_j)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``gradstats bench``."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--tasks", type=_count, nargs="+", metavar="T", help="numbers of tasks (2 to 128, or 256)")
-    parser.add_argument("--entries", type=_count, nargs="*", metavar="P", help="sizes of flat gradients, such as 1e6")
-    parser.add_argument("--lists", nargs="*", choices=MODELS, help="models whose lists of gradients to take (all)")
+    parser.add_argument("--tasks", type=_count, nargs="+", metavar="T", help="numbers of tasks")
+    parser.add_argument("--entries", type=_count, nargs="*", metavar="P", help="entries of flat gradients, such as 1e6")
+    parser.add_argument("--lists", nargs="*", choices=MODELS, help="models whose gradients to take (all)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--device", choices=_DEFAULTS, default=device)
     parser.add_argument("--threads", type=_count, nargs="+", default=[torch.get_num_threads()], help="of the CPU (all)")
-    parser.add_argument("--memory", type=float, metavar="GB", help="of what needs more only the host cost is measured")
-    parser.add_argument("--seconds", type=float, help="for the rounds of a case, at least five rounds (2)")
-    parser.add_argument("--compile", action="store_true", help="loops through torch.compile too (takes minutes)")
+    parser.add_argument("--memory", type=float, metavar="GB", help="what needs more is not timed")
+    parser.add_argument("--seconds", type=float, help="for the rounds of a case; five at least (2)")
+    parser.add_argument("--compile", action="store_true", help="what torch.compile makes of loops, too (slow)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all records as JSON")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw rooflines as .png, .svg or .pdf")
     parser.add_argument("--quick", action="store_true", help="a first look: fewer sizes and rounds")

@@ -5,7 +5,7 @@
 * Before each call the caches are filled with something else, and on a CPU the method is then called on tensors of one
   entry: its code is warm, the gradients are cold.
 * On a GPU a time is that between two CUDA events around the call. The graph time is the same around the replay of a
-  CUDA graph of it, which leaves out what the host does.
+  CUDA graph of it, which leaves out what the host does; rates and shares are taken from it where it is there.
 * The limits take turns with the methods. One reads the same tensors and does nothing else (on a CPU in two ways, with
   and without asking for memory ahead; the faster counts). The other multiplies and adds in registers, in float64 for
   float64 and else in float32; for 16 bits on a GPU it is a large ``torch.mm``, since tensor cores have a higher rate.
@@ -18,7 +18,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import math
@@ -129,10 +128,12 @@ def measure_case(case: Case, *, seconds: float, compiled: bool, fits: bool) -> l
         facts[name]["host_microseconds"] = _host_microseconds(call, case.device)
     if fits:
         gradients = case.gradients(case.shapes)
-        calls = _working_calls(case, methods, gradients, facts)
         multiplication, operations = _multiplication(case)
         limit_calls = _reads(case, gradients) | multiplication
-        times = interleaved(limit_calls | calls, _reads(case, single) | small, case.device, seconds)
+        calls = limit_calls | _working_calls(case, methods, gradients, facts)
+        if case.device.type == "cuda":
+            calls |= _captured(calls)
+        times = interleaved(calls, _reads(case, single) | small, case.device, seconds)
         facts = {name: {} for name in limit_calls} | facts
         add_shares(case, times, facts, operations)
     return [case.describe() | {"method": name} | record for name, record in facts.items()]
@@ -187,7 +188,7 @@ def _multiplication(case: Case) -> tuple[dict[str, Call], float]:
 def _working_calls(
     case: Case, methods: Mapping[str, Method], gradients: Gradients, facts: dict[str, Record]
 ) -> dict[str, Call]:
-    """What to time: the methods that work, and replays of their CUDA graphs. Adds errors and memory to ``facts``."""
+    """The methods that work, called twice. Adds errors, memory and what does not work to ``facts``."""
     exact = reference.gram(gradients.blocks, case.num_tasks, [], True)
     calls: dict[str, Call] = {}
     if any(method.compiled for method in methods.values()):
@@ -201,9 +202,6 @@ def _working_calls(
             facts[name] = {"absent": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             continue
         calls[name] = call
-        if case.device.type == "cuda":
-            with contextlib.suppress(RuntimeError):  # not every method can be captured
-                calls[_graph(name)] = _captured(call)
     return calls
 
 
@@ -211,11 +209,18 @@ def _graph(name: str) -> str:
     return f"{name}, graph"
 
 
-def _captured(call: Call) -> Call:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+def _captured(calls: Mapping[str, Call]) -> dict[str, Call]:
+    """Replays of CUDA graphs of those calls that can be captured."""
+    replays: dict[str, Call] = {}
+    for name, call in calls.items():
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                call()
+        except RuntimeError:
+            continue
+        replays[_graph(name)] = graph.replay
+    return replays
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -296,23 +301,24 @@ def add_shares(
 ) -> None:
     """Add times, rates and shares of the limits to the records in ``facts``."""
     medians = {name: statistics.median(values) for name, values in times.items()}
+    seconds = {name: medians.get(_graph(name), median) for name, median in medians.items()}
     operations = dict.fromkeys(medians, float(case.num_tasks * (case.num_tasks + 1) * case.entries))
-    operations |= {READ: 0, READ_AHEAD: 0, MULTIPLY: limit_operations}
+    operations |= {READ: 0.0, READ_AHEAD: 0.0, MULTIPLY: limit_operations}
     for name in [name for name in facts if name in times]:
-        low, seconds, high = statistics.quantiles(times[name], n=4, method="inclusive")
-        record = {"milliseconds": 1e3 * seconds, "quartiles": [1e3 * low, 1e3 * high], "rounds": len(times[name])}
+        low, middle, high = statistics.quantiles(times[name], n=4, method="inclusive")
+        record = {"milliseconds": 1e3 * middle, "quartiles": [1e3 * low, 1e3 * high], "rounds": len(times[name])}
         if _graph(name) in medians:
             record["graph_milliseconds"] = 1e3 * medians[_graph(name)]
         if name != MULTIPLY:
-            record["gigabytes_per_second"] = case.bytes / seconds / 1e9
+            record["gigabytes_per_second"] = case.bytes / seconds[name] / 1e9
         if READ in medians and name != MULTIPLY:
-            fastest = min(medians[READ], medians.get(READ_AHEAD, math.inf))
-            record["percent_of_read"] = 100 * fastest / seconds
+            fastest = min(seconds[READ], seconds.get(READ_AHEAD, math.inf))
+            record["percent_of_read"] = 100 * fastest / seconds[name]
         if operations[name]:
-            record["gigaflops_per_second"] = operations[name] / seconds / 1e9
+            record["gigaflops_per_second"] = operations[name] / seconds[name] / 1e9
         if operations[name] and MULTIPLY in medians:
-            peak = limit_operations / medians[MULTIPLY]
-            record["percent_of_peak"] = 100 * operations[name] / seconds / peak
+            peak = limit_operations / seconds[MULTIPLY]
+            record["percent_of_peak"] = 100 * operations[name] / seconds[name] / peak
         facts[name] |= record
 
 
