@@ -1,10 +1,11 @@
 """What ``gradstats.explain`` predicts beside what a collection then takes: bytes and operations.
 
 Every plan is made and followed in a fresh process, on the models of ``cases.py`` with shared samples: the plan that is
-chosen freely, and one under a budget (``max_bytes``) of a share of its predicted peak. Bytes are the growth of the peak
-resident set during the collection, with the graph kept, so that what the backward frees hides nothing. Operations are
-the multiply-adds of the matrix products and convolutions that torch's FLOP counter sees, and those of the Gram
-products; what it does not see (QR decompositions, elementwise work, attention on the CPU) is what it is short of.
+chosen freely, and one under a budget (``max_bytes``) of a share of its predicted peak. The graph is kept, so that what
+the backward frees hides nothing. ``tensors`` is the peak of what tensors take, from the memory events of torch's
+profiler; ``process`` the growth of the resident set, with the scratch memory of libraries and the holes in the heap.
+Operations are the multiply-adds of the matrix products and convolutions that torch's FLOP counter sees, and those of
+the Gram products; what it does not see (QR decompositions, elementwise work, attention on the CPU) is missing there.
 
     python benchmarks/plan.py --out benchmarks/results/plan.json
 """
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +29,7 @@ from collect import in_fresh_process, peak_mebibytes, stamp
 from pairwise_cpu import describe_machine
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import gradstats
@@ -36,6 +40,16 @@ def gram_flops(grads: list[torch.Size], num_tasks: int, *_: Any, **__: Any) -> i
     """Of one call of the operator, from the shapes of its arguments."""
     entries = sum(shape.numel() for shape in grads) // num_tasks
     return num_tasks * (num_tasks + 1) * entries
+
+
+def peak_of_tensors(seen: profile) -> int:
+    """Most bytes that the tensors made under the profiler have taken at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        seen.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    return max(itertools.accumulate(size for _, size in changes), default=0)
 
 
 def follow_plan(model: str, num_tasks: int, share: float, _: Callable[[str], None]) -> dict[str, Any]:
@@ -60,18 +74,20 @@ def follow_plan(model: str, num_tasks: int, share: float, _: Callable[[str], Non
     gradstats.from_losses(losses, case.parameters, max_bytes=budget, retain_graph=True)
     seconds = time.process_time() - start
     grown = peak_mebibytes() - base
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        gradstats.from_losses(losses, case.parameters, max_bytes=budget, retain_graph=True)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.gradstats.gram: gram_flops}) as counter:
         gradstats.from_losses(losses, case.parameters, max_bytes=budget)
     return {
-        "mebibytes": {"predicted": plan.bytes / 2**20, "measured": grown},
-        "million_operations": {"predicted": plan.operations / 1e6, "measured": counter.get_total_flops() / 2e6},
+        "mebibytes": {"predicted": plan.bytes / 2**20, "tensors": peak_of_tensors(seen) / 2**20, "process": grown},
+        "million_operations": {"predicted": plan.operations / 1e6, "counted": counter.get_total_flops() / 2e6},
         "seconds": seconds,
     }
 
 
 def table(records: list[dict[str, Any]]) -> Table:
     """One line for each plan."""
-    shown = Table("model", "T", "budget", "MiB: predicted", "measured", "10⁶ op.: predicted", "measured", "s CPU")
+    shown = Table("model", "T", "budget", "MiB: predicted", "tensors", "process", "10⁶ op.: predicted", "counted", "s")
     for r in records:
         start = [r["model"], str(r["num_tasks"]), f"{r['share']:.0%}"]
         if "absent" in r:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import collect
+import plan
 import pytest
 import render
 import torch
@@ -73,6 +74,17 @@ def test_the_exact_gramian_is_that_of_the_trunk(sharing):
         loss.backward(retain_graph=True)
         norm = sum(p.grad.double().square().sum() for p in case.trunk.parameters())
         torch.testing.assert_close(exact[t, t], norm, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.8])
+def test_plans_predict_what_collections_take(share):
+    found = plan.follow_plan("transformer", 2, share, print)
+    sizes, work = found["mebibytes"], found["million_operations"]
+    assert sizes["tensors"] == pytest.approx(sizes["predicted"], rel=0.05)
+    assert work["predicted"] >= 0.99 * work["counted"]
+    if share == 1:
+        assert work["predicted"] == pytest.approx(work["counted"], rel=0.01)
+    assert plan.follow_plan("transformer", 2, 0.01, print)["absent"].startswith("max_bytes: the leanest plan")
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from oracle import Heads, assert_gram, plain_gram
 from torch import nn
@@ -102,6 +102,16 @@ def _within(segments: list[SegmentFacts], max_bytes: int) -> Plan | None:
         return make_plan(segments, max_bytes=max_bytes)
     except ValueError:
         return None
+
+
+@given(st.lists(facts, min_size=1, max_size=6))
+def test_the_leanest_plan_is_no_larger_than_the_free_one(segments: list[SegmentFacts]) -> None:
+    free = make_plan(segments)
+    assume(free.bytes > 1)
+    assert make_plan(segments, max_bytes=free.bytes) == free
+    with pytest.raises(ValueError, match="leanest plan") as raised:
+        make_plan(segments, max_bytes=1)
+    assert int(str(raised.value).split()[6]) <= free.bytes
 
 
 def test_a_tight_budget_costs_passes_not_memory() -> None:

@@ -175,18 +175,27 @@ def make_plan(
     Raises:
         ValueError: If no plan stays within ``max_bytes``.
     """
+    free = _greedy(segments, batched, may_factor, None)
+    if max_bytes is None or free.bytes <= max_bytes:
+        return free
+    tight = _greedy(segments, batched, may_factor, max_bytes)
+    if tight.bytes > max_bytes:
+        least = min(free.bytes, tight.bytes)
+        raise ValueError(f"max_bytes: the leanest plan needs about {least} bytes, got {max_bytes}")
+    return tight
+
+
+def _greedy(segments: Sequence[SegmentFacts], batched: bool | None, may_factor: bool, max_bytes: int | None) -> Plan:
+    """Each segment in the way that is best for it, and neighbours joined while that needs no more memory."""
     single = [_lean_step(facts, batched, may_factor, max_bytes) for facts in segments]
     bound = max([SMALL_BYTES, *(step.bytes for step in single)])
     if max_bytes is not None:
         bound = min(bound, max_bytes)
-        least = max(step.bytes for step in single)
-        if least > max_bytes:
-            raise ValueError(f"max_bytes: the leanest plan needs about {least} bytes, got {max_bytes}")
     steps = [single[0]]
     for step in single[1:]:
         joint = _joint_step(steps[-1], step)
-        # The heads stay apart: each task passes its own alone.
-        if joint is not None and len(steps) > 1 and joint.bytes <= bound:
+        # The heads stay apart: each task passes its own alone. What waits between two segments may outweigh both.
+        if joint is not None and len(steps) > 1 and joint.bytes <= max(bound, steps[-1].bytes, step.bytes):
             steps[-1] = joint
         else:
             steps.append(step)
