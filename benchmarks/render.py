@@ -295,6 +295,21 @@ def overhead_table() -> str:
     return table(header, rows, markdown=True)
 
 
+def plan_table() -> str:
+    """What plans predict beside what collections take."""
+    rows = []
+    for record in load("plan")["records"]:
+        if "absent" in record:
+            continue
+        sizes, work = record["mebibytes"], record["million_operations"]
+        mebibytes = [f"{sizes[key]:.1f}" for key in ("predicted", "tensors", "process")]
+        operations = [f"{work[key]:.0f}" for key in ("predicted", "counted")]
+        budget = "–" if record["share"] == 1 else f"{record['share']:.0%}"
+        rows.append([MODELS[record["model"]].title, str(record["num_tasks"]), budget, *mebibytes, *operations])
+    header = ["model", "T", "budget", "MiB predicted", "tensors", "process", "10⁶ operations predicted", "counted"]
+    return table(header, rows, markdown=True)
+
+
 def weightings_table() -> str:
     """What there is to know of every weighting."""
     rows = []
@@ -325,6 +340,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "weighting times": weighting_times_table,
     "pairwise": pairwise_table,
     "overhead": overhead_table,
+    "plan": plan_table,
     "collect targets": targets_table,
 } | {
     f"collect {what} {sharing}": functools.partial(collect_table, what, sharing)
