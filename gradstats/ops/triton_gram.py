@@ -1,0 +1,254 @@
+"""The Triton backend: ``gradstats::gram`` on GPUs for which the CUDA library is not compiled.
+
+This is the host side. It writes the addresses of the gradients into a table, cuts their entries into slots and
+launches the kernels of :mod:`gradstats.ops.triton_kernels`, without waiting for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gradstats.ops import triton_kernels
+
+Table: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+
+_TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+}
+_MAX_REGISTER_ROWS = 8  # up to so many tasks, the sums of all pairs fit in registers
+_LANES = 128  # threads of the register kernel
+_VECTOR_BYTES = 16  # what each of them reads of a row at a time
+_MAX_TILE = 64  # tasks on each side of a tile of pairs
+_TILE_CHUNK = 32  # entries that the tile kernel multiplies before float64: tensor cores truncate as they add up
+
+# Slots are ranges of chunks that are summed apart. Their number depends on sizes alone, never on the device.
+_MIN_SLOTS, _MAX_SLOTS = 16, 2048
+_MAX_SUMS = 1 << 21  # of all slots: 16 MiB
+_MIN_CHUNKS = 4  # of a slot
+
+
+class Kind(NamedTuple):
+    """What the parameters of one launch have in common."""
+
+    dtype: torch.dtype
+    metric_dtype: torch.dtype | None
+    aligned: bool  # all addresses, to 16 bytes
+
+    def constants(self) -> dict[str, Any]:
+        """The kernels' arguments that they are compiled for."""
+        return {
+            "DTYPE": _TRITON_DTYPES[self.dtype],
+            "METRIC_DTYPE": _TRITON_DTYPES[self.metric_dtype] if self.metric_dtype else None,
+            "ALIGNED": self.aligned,
+        }
+
+    @property
+    def wide(self) -> bool:
+        """Whether products are formed in float64 from the start."""
+        return self.dtype == torch.float64 or self.metric_dtype is not None
+
+
+class Parameter(NamedTuple):
+    """The gradients of one parameter as the kernels read them: runs of ``numel`` entries."""
+
+    addresses: list[int]  # 0: zeros
+    metric_address: int
+    numel: int
+    kind: Kind
+    tensors: Sequence[Tensor]  # copies must live until they are read
+
+
+class Tiling(NamedTuple):
+    """How the kernels cut their work up."""
+
+    rows: int  # tasks, with those that fill the last tile
+    tile: int  # 0: the register kernel
+
+    @classmethod
+    def of(cls, num_tasks: int) -> Tiling:
+        """The tiling for a number of tasks."""
+        if num_tasks <= _MAX_REGISTER_ROWS:
+            return cls(num_tasks, 0)
+        tile = min(_MAX_TILE, max(16, triton.next_power_of_2(num_tasks)))
+        return cls(triton.cdiv(num_tasks, tile) * tile, tile)
+
+    def chunk(self, dtype: torch.dtype) -> int:
+        """Entries of a row that are read at a time."""
+        return _TILE_CHUNK if self.tile else _LANES * _VECTOR_BYTES // dtype.itemsize
+
+    def num_slots(self, chunks: int) -> int:
+        """Slots for a number of chunks."""
+        most = min(_MAX_SLOTS, max(_MIN_SLOTS, _MAX_SUMS // self.rows**2))
+        return max(1, min(chunks // _MIN_CHUNKS, most))
+
+
+def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stacked: bool) -> Tensor:
+    """Kernel of ``gradstats::gram``; the arguments are described at :func:`gradstats.ops.gram`.
+
+    Gradients are read where they lie if all tasks share a parameter's strides and these are dense; others are copied.
+    """
+    groups: dict[Kind, list[Parameter]] = {}
+    for parameter in _parameters(grads, num_tasks, metric, stacked):
+        groups.setdefault(parameter.kind, []).append(parameter)
+    tiling = Tiling.of(num_tasks)
+    tables = [_table(group, tiling) for group in groups.values()]
+    slots = [tiling.num_slots(int(table[-1, -1])) for table in tables]
+    first = grads[0]
+    partial = first.new_empty((sum(slots), tiling.rows, tiling.rows), dtype=torch.float64)
+    result = first.new_empty((num_tasks, num_tasks), dtype=torch.float64)
+    with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+        for kind, table, sums in zip(groups, tables, torch.split(partial, slots), strict=True):
+            _launch(kind, _to_device(table, first.device), sums, tiling)
+        grid = (triton.cdiv(num_tasks**2, 16),)
+        triton_kernels.reduce_kernel[grid](
+            partial, result, sum(slots), num_tasks, tiling.rows, SLOTS=128, BLOCK=16, num_warps=4
+        )
+    return result
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _parameters(
+    grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stacked: bool
+) -> Iterator[Parameter]:
+    """The parameters that have entries. Checks what keeps a direct call of the operator from reading out of bounds."""
+    if num_tasks < 1 or not grads:
+        raise ValueError("gradstats::gram: expected at least one task and one tensor")
+    if not stacked and len(grads) % num_tasks:
+        raise ValueError(f"gradstats::gram: {len(grads)} tensors are not a multiple of num_tasks = {num_tasks}")
+    num_params = len(grads) if stacked else len(grads) // num_tasks
+    if metric and len(metric) != num_params:
+        raise ValueError(f"gradstats::gram: expected a metric of {num_params} tensors, got {len(metric)}")
+    for k in range(num_params):
+        scale = metric[k : k + 1]
+        if not stacked:
+            rows = grads[k::num_params]
+            if any(row.numel() for row in rows):
+                yield _listed_parameter(rows, scale, grads[0].device)
+        elif grads[k].ndim == 0 or grads[k].shape[0] != num_tasks:
+            raise ValueError("gradstats::gram: expected stacked blocks of shape [num_tasks, ...]")
+        elif grads[k].numel():
+            yield _stacked_parameter(grads[k], scale, grads[0].device)
+
+
+def _listed_parameter(rows: Sequence[Tensor], scale: Sequence[Tensor], device: torch.device) -> Parameter:
+    present = [row for row in rows if row.numel()]
+    first = present[0]
+    if any(row.shape != first.shape or row.dtype != first.dtype for row in present):
+        raise ValueError("gradstats::gram: tensors of one parameter differ in shape or dtype")
+    _check(first.shape, [*present, *scale], scale, device)
+    if not _lie_alike(first.shape, {tensor.stride() for tensor in (*present, *scale)}):
+        rows, scale = [row.contiguous() for row in rows], [d.contiguous() for d in scale]
+    addresses = [row.data_ptr() if row.numel() else 0 for row in rows]
+    return _parameter(addresses, scale, first, first.numel(), rows)
+
+
+def _stacked_parameter(block: Tensor, scale: Sequence[Tensor], device: torch.device) -> Parameter:
+    shape = block.shape[1:]
+    _check(shape, [block, *scale], scale, device)
+    if not _lie_alike(shape, {block.stride()[1:], *(d.stride() for d in scale)}):
+        block, scale = block.contiguous(), [d.contiguous() for d in scale]
+    step = block.stride(0) * block.itemsize
+    addresses = [block.data_ptr() + t * step for t in range(block.shape[0])]
+    return _parameter(addresses, scale, block, shape.numel(), [block])
+
+
+def _parameter(
+    addresses: list[int], scale: Sequence[Tensor], model: Tensor, numel: int, tensors: Sequence[Tensor]
+) -> Parameter:
+    metric_address = scale[0].data_ptr() if scale else 0
+    aligned = all(address % _VECTOR_BYTES == 0 for address in (*addresses, metric_address))
+    kind = Kind(model.dtype, scale[0].dtype if scale else None, aligned)
+    return Parameter(addresses, metric_address, numel, kind, [*tensors, *scale])
+
+
+def _check(shape: torch.Size, tensors: Iterable[Tensor], scale: Sequence[Tensor], device: torch.device) -> None:
+    for tensor in tensors:
+        if tensor.dtype not in _TRITON_DTYPES:
+            raise ValueError("gradstats::gram: expected float32, float64, float16 or bfloat16 tensors")
+        if tensor.device != device:
+            raise ValueError(f"gradstats::gram: expected all tensors on {device}")
+    if scale and scale[0].shape != shape:
+        raise ValueError("gradstats::gram: expected a metric of the gradients' shapes")
+
+
+def _lie_alike(shape: torch.Size, strides: set[tuple[int, ...]]) -> bool:
+    """Whether tensors of these strides all visit one run of memory in the same order."""
+    if len(strides) > 1:
+        return False
+    run = 1
+    for stride, size in sorted(zip(strides.pop(), shape, strict=True)):
+        if size != 1:
+            if stride != run:
+                return False
+            run *= size
+    return True
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+
+def _table(parameters: Sequence[Parameter], tiling: Tiling) -> Table:
+    """What the kernels read instead of arguments, int64 ``[K + 1, rows + 3]``; see ``triton_kernels``."""
+    table = np.zeros((len(parameters) + 1, tiling.rows + triton_kernels.COLUMNS.value), dtype=np.int64)
+    table[:-1, : len(parameters[0].addresses)] = [p.addresses for p in parameters]
+    numel = np.array([p.numel for p in parameters])
+    chunk = tiling.chunk(parameters[0].kind.dtype)
+    columns = table[:, tiling.rows :]
+    columns[:-1, triton_kernels.METRIC.value] = [p.metric_address for p in parameters]
+    columns[:-1, triton_kernels.NUMEL.value] = numel
+    columns[1:, triton_kernels.START.value] = np.cumsum(-(-numel // chunk))
+    return table
+
+
+def _to_device(table: Table, device: torch.device) -> Tensor:
+    """A copy of the table on the device."""
+    if device.type != "cuda":  # Triton's interpreter
+        return torch.from_numpy(table)
+    if torch.cuda.is_current_stream_capturing():
+        return _from_arguments(table, device)
+    return torch.from_numpy(table).pin_memory().to(device, non_blocking=True)
+
+
+def _from_arguments(table: Table, device: torch.device) -> Tensor:
+    """The same by scalar arguments of kernels, which a CUDA graph keeps: it would copy from memory that has gone."""
+    words = torch.zeros(table.size, dtype=torch.int64, device=device)
+    torch._foreach_add_(list(words.unbind()), table.flatten().tolist())
+    return words.view(table.shape)
+
+
+def _launch(kind: Kind, table: Tensor, sums: Tensor, tiling: Tiling) -> None:
+    """Let the kernel of the tiling fill the sums of all slots ``[slots, rows, rows]``."""
+
+    def run(kernel: Any, programs: int, num_warps: int, **constants: Any) -> None:
+        grid = (len(sums), programs)
+        sizes = (len(table) - 1, tiling.rows)
+        constants.update(kind.constants())
+        if kind.wide:
+            kernel[grid](table, sums, None, *sizes, WIDE=True, **constants)
+            return
+        fits = table.new_empty(grid, dtype=torch.int32)
+        kernel[grid](table, sums, fits, *sizes, WIDE=False, **constants)
+        if kind.dtype != torch.float16:  # whose squares always fit
+            kernel.fn[grid](table, sums, fits, *sizes, WIDE=True, num_warps=num_warps, **constants)
+
+    if not tiling.tile:
+        run(triton_kernels.register_kernel, 1, _LANES // 32, LANES=_LANES, VECTOR=_VECTOR_BYTES // kind.dtype.itemsize)
+        return
+    tiles, chunk = tiling.rows // tiling.tile, tiling.chunk(kind.dtype)
+    run(triton_kernels.tile_kernel, tiles, tiling.tile // 8, SAME=True, TILE=tiling.tile, CHUNK=chunk)
+    if tiles > 1:
+        run(
+            triton_kernels.tile_kernel, tiles * (tiles - 1), tiling.tile // 8, SAME=False, TILE=tiling.tile, CHUNK=chunk
+        )
