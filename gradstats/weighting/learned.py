@@ -50,7 +50,7 @@ class _Learned(Weighting):
         """One step down ``gradient``, float64 ``[T]``, of the tasks where it is finite."""
         known = gradient.square().isfinite()
         gradient = torch.where(known, gradient, 0.0)
-        count = self.count + known
+        count = self.count + 1.0
         first = torch.lerp(gradient, self.first_moment, _BETAS[0])
         second = torch.lerp(gradient.square(), self.second_moment, _BETAS[1])
         mean, square = (m / (1.0 - beta**count) for m, beta in zip((first, second), _BETAS, strict=True))

@@ -297,7 +297,6 @@ class GO4Align(_LossBased):
         known = (losses > 0) & losses.isfinite()
         losses = torch.where(known, losses, 0.0)
         self.log_shares = self.log_shares - self.beta * losses
-        self.log_shares = self.log_shares - self.log_shares.logsumexp(0)
         shares = torch.softmax(torch.where(known, self.log_shares, -torch.inf), 0)
         indicators = torch.where(known, shares * losses.sum() / losses, 0.0)
         return self._renewed(group_means(indicators, known, self.num_groups), known)
