@@ -37,11 +37,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import gradstats
+from gradstats.compare.digits import OUTPUTS, Digits, compute_losses
 from gradstats.data import OverlaidDigits, overlaid_digits
 from gradstats.report import write_file
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from digits import TASKS, Digits, compute_losses
 
 DEMO_STEPS, BATCH_SIZE = 1608, 64
 PIXELS = 40
@@ -259,7 +257,7 @@ def comparisons(steps: int | None) -> list[tuple[Training, list[Variant]]]:
     ]
     trainings = [
         Training(f"digits demo, {' and '.join(tasks)}", tasks, steps or DEMO_STEPS, partial(digits, data, tasks))
-        for tasks in (TASKS[:2], TASKS)
+        for tasks in (tuple(OUTPUTS)[:2], tuple(OUTPUTS))
     ]
     pixel_names = tuple(f"pixel{i}" for i in range(PIXELS))
     trainings.append(Training("pixels of digits", pixel_names, steps or DEMO_STEPS, partial(pixels, data)))
