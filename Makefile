@@ -32,7 +32,7 @@ gpu: $(VENV)/.with-test  ## Test, sanitize and time on a GPU, with a CUDA torch 
 	  echo "compute-sanitizer $$tool"; GRADSTATS_BACKEND=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
 	    --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_gpu.py -k test_small_problems; done; \
 	else echo "no compute-sanitizer here: accesses out of bounds and races not looked for"; fi
-	$(BIN)/python -m benchmarks.pairwise --device cuda
+	$(BIN)/python benchmarks/pairwise.py --device cuda
 
 cuda-check: $(VENV)/.with-test  ## Check what nvcc makes of the CUDA kernels, without a GPU
 	$(BIN)/python csrc/check_cuda.py
