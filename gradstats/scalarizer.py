@@ -122,12 +122,16 @@ class Scalarizer(nn.Module):
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
-    def forward(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> Tensor:
+    def forward(
+        self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor, *, owner: Tensor | None = None
+    ) -> Tensor:
         """The weighted sum of the losses, with its graph.
 
         Args:
             losses: Scalars by task name (a task may be missing or None), or ``T`` of them in the order of ``tasks``;
                 with ``unbiased`` vectors ``[B]``.
+            owner: Task of each sample ``[B]``, where every sample belongs to one (multi-domain training): a Gramian
+                then costs little more than a backward, as by :func:`gradstats.from_losses`.
 
         Returns:
             Scalar tensor, at least float32; differentiable where the losses are.
@@ -140,28 +144,31 @@ class Scalarizer(nn.Module):
         means = self._means(listed)
         weights = self.weights
         if self.training and torch.is_grad_enabled():
-            decided = self._count(means, self._collect(listed) if self.wants_stats() else None)
+            decided = self._count(means, self._collect(listed, owner=owner) if self.wants_stats() else None)
             weights = decided if self.accumulate == 1 else weights
         return _weighted_sum(means, weights)
 
-    def backward(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> Tensor:
+    def backward(
+        self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor, *, owner: Tensor | None = None
+    ) -> Tensor:
         """``loss = self(losses); loss.backward()`` in one: at a recorded step one collection gives both.
 
         A recorded step uses the weights in force before its own statistics.
 
         Args:
             losses: As for :meth:`forward`.
+            owner: As for :meth:`forward`.
 
         Returns:
             The weighted sum, detached. With a ``grad_scaler`` the gradients are those of the scaled sum.
         """
         listed = self._listed(losses)
         if _distributed() or not (self.training and self.wants_stats() and self._inputs_show(listed)):
-            total: Tensor = self(losses)
+            total: Tensor = self(losses, owner=owner)
             torch.autograd.backward(total if self.grad_scaler is None else self.grad_scaler.scale(total))
             return total.detach()
         weights, means = self.weights, self._means(listed)
-        self._count(means, self._collect(listed, weights))
+        self._count(means, self._collect(listed, weights, owner=owner))
         return _weighted_sum(means, weights).detach()
 
     def after_step(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> None:
@@ -218,7 +225,9 @@ class Scalarizer(nn.Module):
         with_graph = sum(loss is not None and loss.requires_grad for loss in listed)
         return self._inputs[0] is not None or with_graph > 1 or len(listed) == 1
 
-    def _collect(self, listed: list[Tensor | None], weights: Tensor | None = None) -> GradStats | None:
+    def _collect(
+        self, listed: list[Tensor | None], weights: Tensor | None = None, *, owner: Tensor | None = None
+    ) -> GradStats | None:
         """This micro-step's Gramian, and with ``weights`` the weighted ``.grad``; None where it cannot be used."""
         scale, scaled = 1.0, listed
         if self.grad_scaler is not None:
@@ -236,6 +245,7 @@ class Scalarizer(nn.Module):
             self.tasks,
             scaled,
             self._inputs[0],
+            owner=owner,
             method=self.method,
             num_directions=self.num_directions,
             weights=weights,

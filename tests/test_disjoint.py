@@ -534,3 +534,23 @@ def test_errors(error: type[Exception], message: str, options: dict[str, Any]) -
     losses = task_losses(model(x), torch.tensor(OWNERS["uneven"][0]), 3)
     with untouched(model, losses), pytest.raises(error, match=message):
         gradstats.from_losses(losses, model, **options)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scalarizer_records_by_owner_what_it_records_without(fused: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    x, owner = torch.randn(BATCH, 4), torch.arange(BATCH) % 3
+    recorded = []
+    for given in (None, owner):
+        scalarizer = gradstats.Scalarizer("uniform", tasks=["a", "b", "c"], record_every=1)
+        out = model(x).squeeze(1)
+        losses = [out[owner == t].square().mean() for t in range(3)]
+        if fused:
+            scalarizer.backward(losses, owner=given)
+        else:
+            scalarizer(losses, owner=given).backward()
+        recorded.append(scalarizer.stats)
+    assert recorded[1].method == "disjoint"
+    assert recorded[0].method != "disjoint"
+    torch.testing.assert_close(recorded[0].gram, recorded[1].gram, rtol=1e-6, atol=1e-9)
