@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import math
+import runpy
 import statistics
 import sys
 from pathlib import Path
@@ -159,3 +160,10 @@ def test_one_seed_has_no_interval(digits):
     results.runs = {method: runs[:1] for method, runs in results.runs.items()}
     assert all("one seed tells nothing" in verdict for verdict in digits.verdicts(results))
     assert math.isnan(results.intervals()["AutoScale"][digits.DROP].half_width)
+
+
+def test_domains_example(capsys, one_thread):
+    results = runpy.run_path(str(EXAMPLES / "domains.py"))["main"](steps=60, seeds=1)
+    assert list(results) == ["uniform", "loss weights", "sampling"]
+    assert all(run["clean"] > 40 for (run,) in results.values())  # of ten classes
+    assert "test accuracy (%)" in capsys.readouterr().out
