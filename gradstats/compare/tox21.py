@@ -23,15 +23,17 @@ class Assays(nn.Module):
 
     Args:
         tasks: Names of the tasks.
+        width: Units of the first layer; the second has a quarter of them.
         dropout: Share of the units dropped in each layer.
     """
 
-    def __init__(self, tasks: Sequence[str], dropout: float) -> None:
+    def __init__(self, tasks: Sequence[str], width: int, dropout: float) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(
-            nn.Linear(2048, 512), nn.ReLU(), nn.Dropout(dropout), nn.Linear(512, 128), nn.ReLU(), nn.Dropout(dropout)
-        )
-        self.heads = nn.ModuleDict({task: nn.Linear(128, 1) for task in tasks})
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((2048, width), (width, width // 4)):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
+        self.trunk = nn.Sequential(*layers)
+        self.heads = nn.ModuleDict({task: nn.Linear(width // 4, 1) for task in tasks})
 
     def forward(self, fingerprint: Tensor) -> dict[str, Tensor]:
         """Logits ``[N]`` of each task, from bits ``[N, 2048]`` in any dtype."""
@@ -48,6 +50,7 @@ class Tox21Experiment(Experiment):
     Attributes:
         split: ``"random"`` or ``"scaffold"``.
         batch_size: Molecules in a batch.
+        width: Units of the first layer; the second has a quarter of them.
         dropout: Share of the units dropped in each layer.
     """
 
@@ -55,6 +58,7 @@ class Tox21Experiment(Experiment):
     lr: float = 3e-3
     split: Literal["random", "scaffold"] = "random"
     batch_size: int = 128
+    width: int = 512
     dropout: float = 0.5
 
     def __post_init__(self) -> None:
@@ -66,7 +70,7 @@ class Tox21Experiment(Experiment):
 
     def make_model(self, tasks: Sequence[str]) -> nn.Module:
         """A multilayer perceptron of three layers."""
-        return Assays(tasks, self.dropout)
+        return Assays(tasks, self.width, self.dropout)
 
     def train_loader(self) -> DataLoader[Any]:
         """Shuffled molecules."""
