@@ -133,6 +133,13 @@ def test_a_method_that_raises_is_absent_with_its_reason(monkeypatch, few_calls):
     assert all(record["rounds"] == 5 for record in records.values())
 
 
+def test_without_compiled_limits_there_are_no_shares(monkeypatch, few_calls):
+    monkeypatch.setattr(limits, "available", lambda device_type: False)
+    records = measure.measure_case(case(), seconds=0.0, compiled=False, fits=True)
+    assert records[0]["method"] == "pairwise"
+    assert all("gigaflops_per_second" in r and not any(key.startswith("percent") for key in r) for r in records)
+
+
 def test_methods_take_turns_in_rotating_order(monkeypatch):
     monkeypatch.setattr(measure, "_FLUSHED", 0)
     log = []
@@ -290,7 +297,7 @@ def rows_of(table):
         (["--tasks", "0"], 2, "expected a positive whole number, got '0'"),
         (["--entries", "1e-3"], 2, "expected a positive whole number, got '1e-3'"),
         (["--lists", "alexnet"], 2, "invalid choice: 'alexnet'"),
-        (["--tasks", "2", "--entries", "--lists", "--picture", "roofline.png"], 1, "expected flat gradients"),
+        (["--tasks", "2", "--entries", "--lists", "--picture", "roofline.png"], 1, "--picture: expected flat"),
         pytest.param(
             ["--device", "cuda"],
             1,
@@ -305,6 +312,13 @@ def test_bad_options_are_refused(options, status, message, capsys, tmp_path, mon
         main(["bench", *options])
     assert stopped.value.code == status
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with pytest.raises(SystemExit):
+        main(["bench", "--quick"])
+    assert "pip install 'gradstats[bench]'" in capsys.readouterr().err
 
 
 # ---- showing it -----------------------------------------------------------------------------------------------------

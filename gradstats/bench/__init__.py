@@ -20,6 +20,7 @@ from gradstats.bench.machine import available_bytes, describe
 from gradstats.bench.measure import Case, measure_case
 from gradstats.bench.shapes import MODELS
 from gradstats.bench.show import case_table, rooflines
+from gradstats.ops import limits
 from gradstats.report import plot_roofline, save_figure, write_file
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ops.DTYPES}
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> str:
 
     Raises:
         ImportError: If rich is not installed (extra ``bench``), or matplotlib for a picture (extra ``plot``).
-        ValueError: If the device is not there, or a picture was asked for without flat gradients and compiled limits.
+        ValueError: If the device is not there, or what a picture needs is not measured.
     """
     try:
         from rich.console import Console
@@ -69,6 +70,8 @@ def run(options: argparse.Namespace) -> str:
     for name, value in (_DEFAULTS[options.device] | _USUAL | (_QUICK if options.quick else {})).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if options.picture is not None and not (options.entries and limits.available(options.device)):
+        raise ValueError("--picture: expected flat gradients (--entries) and compiled kernels, whose limits it shows")
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     results: dict[str, Any] = {"machine": describe(), "records": []}
