@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 from cases import MODELS, build_case
-from collect import in_fresh_process, peak_mebibytes, stamp
-from pairwise_cpu import describe_machine
+from collect import in_fresh_process, peak_mebibytes
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import gradstats
+from gradstats.bench.machine import describe
 from gradstats.report import write_file
 
 
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
                 records.append({"model": model, "num_tasks": num_tasks, "share": share} | found)
     Console(width=120).print(table(records))
     if options.out is not None:
-        results = {"machine": describe_machine() | stamp(), "records": records}
+        results = {"machine": describe(), "records": records}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_file(options.out, json.dumps(results, indent=1) + "\n")
 
