@@ -47,6 +47,10 @@ MEANT = [
         for tasks, registers in ((2, 40), (4, 96), (6, 128), (8, 168))
     ),
     *(
+        Meant(f"combine_kernel<{dtype},", 40, "DFMA" if dtype == "double" else "FFMA")
+        for dtype in ("float", "BFloat16", "Float16", "double")
+    ),
+    *(
         Meant(name.format(dtype), registers, "HMMA.16816.F32" + (".BF16" if dtype != "Float16" else ""))
         for dtype in ("float", "BFloat16", "Float16")
         for name, registers in (

@@ -209,6 +209,7 @@ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint
 #define __shared__ static
 using std::fma, std::fmaxf, std::max, std::sqrt;
 
+#include "../csrc/cuda/combine_plan.h"
 #include "../csrc/cuda/kernels.cuh"
 
 // ---- the module -----------------------------------------------------------------------------------------------------
@@ -292,6 +293,24 @@ static std::vector<double> gram(int64_t num_tasks, const std::vector<Parameter>&
   return result;
 }
 
+// As gradstats::combine of csrc/cuda/gram.cu; the last row of each parameter is written. Returns the number of launches.
+static size_t combine(int64_t num_tasks, const std::vector<Parameter>& parameters, const std::vector<double>& weights) {
+  const std::vector<Walk> walks = walks_of(parameters, false);
+  std::vector<const Walk*> dense;
+  for (const Walk& walk : walks) dense.push_back(&walk);
+  const std::vector<CombineLaunch> launches = plan_combine(dense, num_tasks);
+  for (const CombineLaunch& launch : launches)
+    std::visit(
+        [&](const auto& table) {
+          with_dtype(launch.dtype, [&](auto in) {
+            emulation::run_grid({static_cast<unsigned>(table.num_slots), 1}, kCombineThreads,
+                                [&] { combine_kernel<decltype(in)>(table, weights.data()); });
+          });
+        },
+        launch.table);
+  return launches.size();
+}
+
 PYBIND11_MODULE(cuda_on_host, module) {
   module.def("choose_kernel", [](int dtype, int64_t num_tasks, bool dense, bool has_metric) {
     return name_of(choose_kernel(static_cast<DType>(dtype), num_tasks, dense, has_metric));
@@ -302,4 +321,5 @@ PYBIND11_MODULE(cuda_on_host, module) {
   });
   module.def("plan", &plan);
   module.def("gram", &gram);
+  module.def("combine", &combine);
 }

@@ -195,10 +195,11 @@ def test_keeps_the_layout_that_the_tasks_share(kernel: Combine, stacked: bool) -
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_layouts_that_differ_give_a_contiguous_result(kernel: Combine) -> None:
-    rows = [[randn(5, 7)], [randn(7, 5, seed=1).T], [torch.empty(0)]]
-    (combined,) = kernel(flat(rows), 3, weights_of(3))
-    assert combined.is_contiguous()
-    assert_combination(combined, [row[0] for row in rows], weights_of(3))
+    rows = [torch.empty(0), randn(5, 7), randn(7, 5, seed=1).T]
+    for grads in (rows, rows[::-1]):
+        (combined,) = kernel(grads, 3, weights_of(3))
+        assert combined.is_contiguous()
+        assert_combination(combined, grads, weights_of(3))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -216,6 +217,7 @@ def test_a_parameter_that_no_task_reaches_has_no_combination(kernel: Combine) ->
     missing, present = kernel(flat(rows), 2, weights_of(2))
     assert missing.shape == (0,)
     assert present.shape == (3,)
+    assert [c.shape for c in kernel([torch.empty(0), torch.empty(2, 0)] * 2, 2, weights_of(2))] == [(0,), (2, 0)]
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradstats.ops import reference
+
 HERE = Path(__file__).parent
 # As the enum DType of csrc/float_types.h.
 CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -239,3 +241,51 @@ def test_permuting_tasks_permutes_the_result_exactly(kernels, num_tasks, sizes, 
     order = torch.randperm(num_tasks, generator=torch.Generator().manual_seed(1)).tolist()
     permuted = run(kernels, [rows[t] for t in order])
     np.testing.assert_array_equal(permuted, run(kernels, rows)[np.ix_(order, order)])
+
+
+# ---- weighted sums --------------------------------------------------------------------------------------------------
+
+
+def combine(kernels: ModuleType, rows: Rows, weights: Tensor) -> tuple[list[Tensor], int]:
+    """The weighted sums and the number of kernel launches that they took."""
+    combined = [torch.full_like(g, torch.nan) for g in rows[0] if g is not None]
+    return combined, kernels.combine(len(rows), parameters([*rows, combined], None), weights.tolist())
+
+
+def assert_combined(combined: list[Tensor], rows: Rows, weights: Tensor) -> None:
+    grads = [torch.empty(0) if g is None else g for row in rows for g in row]
+    for actual, expected in zip(combined, reference.combine(grads, len(rows), weights, False), strict=True):
+        sums = torch.promote_types(actual.dtype, torch.float32)
+        rounding, summing = torch.finfo(actual.dtype).eps, torch.finfo(sums).eps
+        torch.testing.assert_close(actual, expected, rtol=rounding, atol=50 * summing)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 4, 5, 8, 33])
+def test_combinations(kernels, num_tasks):
+    sizes = [1, 63, 4096, 65, 7, 3000, 4100, 2]
+    rows = make(num_tasks, sizes, [torch.float32, torch.bfloat16, torch.float16, torch.float64] * 2)
+    rows[0][6] = torch.cat([rows[0][6][:1], rows[0][6]])[1:]  # not at a 16-byte boundary
+    if num_tasks > 2:
+        rows[1][5] = rows[2][2] = None
+    weights = torch.randn(num_tasks, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    combined, launches = combine(kernels, rows, weights)
+    assert launches == 4  # one a dtype
+    assert_combined(combined, rows, weights)
+
+
+@pytest.mark.parametrize(("num_tasks", "num_params", "launches"), [(3, 100, 1), (400, 8, 2), (2999, 2, 2)])
+def test_combinations_of_more_than_one_launch_holds(kernels, num_tasks, num_params, launches):
+    rows = make(num_tasks, [5] * num_params, [torch.float32] * num_params)
+    weights = torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64)
+    combined, taken = combine(kernels, rows, weights)
+    assert taken == launches
+    assert_combined(combined, rows, weights)
+
+
+def test_a_weight_of_zero_keeps_nothing_out(kernels):
+    rows = make(3, [100], [torch.float16])
+    rows[0][0][7], rows[2][0] = float("inf"), None
+    combined, _ = combine(kernels, rows, torch.tensor([0.0, 1.0, 1.0]))
+    assert combined[0].isnan().nonzero().tolist() == [[7]]
+    combined, _ = combine(kernels, rows, torch.tensor([1.0, 1.0, torch.nan]))
+    assert combined[0].isnan().all()

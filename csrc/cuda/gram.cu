@@ -1,4 +1,4 @@
-// gradstats::gram for CUDA tensors: on the current stream, without host synchronisation.
+// gradstats::gram and combine for CUDA tensors: on the current stream, without host synchronisation.
 #include <Python.h>
 
 #include <cuda_runtime.h>
@@ -9,7 +9,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/shim_utils.h>
 
-#include "../gram_args.h"
+#include "../combine_args.h"
+#include "combine_plan.h"
 #include "kernels.cuh"
 
 namespace gradstats::cuda {
@@ -20,7 +21,13 @@ using torch::headeronly::ScalarType;
 void check_devices(const std::vector<Tensor>& tensors, int32_t device) {
   for (const Tensor& tensor : tensors)
     STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device,
-                    "gradstats::gram: expected all tensors on CUDA device ", device);
+                    "gradstats: expected all tensors on CUDA device ", device);
+}
+
+cudaStream_t current_stream(int32_t device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
 }
 
 // Row-major copies of the tensors of parameter k, where they are not row-major already.
@@ -49,9 +56,7 @@ Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> me
   check_devices(grads, device);
   check_devices(metric, device);
   const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream_handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_handle));
-  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  const cudaStream_t stream = current_stream(device);
 
   const Plan plan = make_plan(walks, num_tasks, !metric.empty());
   Tensor partial = torch::stable::new_empty(grads[0], {num_pairs(num_tasks), plan.num_slots}, ScalarType::Double);
@@ -85,10 +90,54 @@ Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> me
   return result;
 }
 
+void launch_combine(const CombineLaunch& launch, const double* weights, cudaStream_t stream) {
+  with_dtype(launch.dtype, [&](auto in) {
+    std::visit(
+        [&](const auto& table) {
+          combine_kernel<decltype(in)><<<table.num_slots, kCombineThreads, 0, stream>>>(table, weights);
+          STD_CUDA_KERNEL_LAUNCH_CHECK();
+        },
+        launch.table);
+  });
+}
+
+std::vector<Tensor> combine(std::vector<Tensor> grads, int64_t num_tasks, Tensor weights, bool stacked) {
+  weights = read_weights(weights, num_tasks);
+  STD_TORCH_CHECK(num_tasks <= kMostCombined, "gradstats: expected at most ", kMostCombined, " tasks, got ", num_tasks);
+  std::vector<Tensor> combined = empty_combinations(grads, num_tasks, stacked);
+  const std::vector<Walk> walks = read_arguments(grads, num_tasks, {}, stacked, combined);
+  const int32_t device = grads[0].get_device_index();
+  check_devices(grads, device);
+  check_devices({weights}, device);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+
+  const auto launch = [&](const std::vector<const Walk*>& dense) {
+    for (const CombineLaunch& part : plan_combine(dense, num_tasks))
+      launch_combine(part, weights.const_data_ptr<double>(), stream);
+  };
+  std::vector<const Walk*> dense;
+  for (const Walk& walk : walks) {
+    if (is_dense(walk)) {
+      dense.push_back(&walk);
+      continue;
+    }
+    // As in gram. Where there is something to copy, the result is row-major, too.
+    const auto rows = contiguous_parameter(grads, num_tasks, stacked, walk.parameter);
+    const std::vector<Walk> copied = read_arguments(rows, num_tasks, {}, stacked, {combined[walk.parameter]});
+    launch({&copied[0]});
+  }
+  launch(dense);
+  return combined;
+}
+
 }  // namespace
 }  // namespace gradstats::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(gradstats, CUDA, library) { library.impl("gram", TORCH_BOX(&gradstats::cuda::gram)); }
+STABLE_TORCH_LIBRARY_IMPL(gradstats, CUDA, library) {
+  library.impl("gram", TORCH_BOX(&gradstats::cuda::gram));
+  library.impl("combine", TORCH_BOX(&gradstats::cuda::combine));
+}
 
 // Importing the module is what loads the library; it has no Python functions of its own.
 PyMODINIT_FUNC PyInit__C_cuda() {
