@@ -344,7 +344,9 @@ RECORDS = [
 
 
 def test_rooflines_are_of_the_largest_flat_gradients():
-    (roofline,) = show.rooflines([*RECORDS, record("pairwise", 2, 10**9, list="resnet18")]).values()
+    others = [record("pairwise", 2, 10**9, list="resnet18"), record("pairwise", 2, 10**9, threads=1)]
+    ((title, roofline),) = show.rooflines(RECORDS + others).items()
+    assert title == "float32, 2 CPU threads"
     assert (roofline.read, roofline.peak, roofline.bytes_per_entry) == (20.0, 99.0, 4)
     assert roofline.methods == {"pairwise": {2: 3.0, 8: 6.0}}
     with pytest.raises(ValueError, match="flat gradients with times and limits"):

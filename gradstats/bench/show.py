@@ -60,24 +60,22 @@ def case_table(records: Sequence[Record]) -> Table:
 
 
 def rooflines(records: Sequence[Record]) -> dict[str, Roofline]:
-    """For each dtype and number of threads, the largest flat gradients that were timed with each number of tasks.
+    """For each dtype, the largest flat gradients that were timed with each number of tasks, with most threads.
 
     Raises:
         ValueError: If none were timed together with the limits.
     """
-    timed = sorted((r for r in records if r["list"] == "flat" and "milliseconds" in r), key=lambda r: r["entries"])
+    timed = [r for r in records if r["list"] == "flat" and "milliseconds" in r]
     if not any(r["method"] == MULTIPLY for r in timed):
         raise ValueError("records: expected flat gradients with times and limits, which a compiled library measures")
-    largest = {(_panel(r), r["num_tasks"]): r["entries"] for r in timed}
+    threads = max(r["threads"] for r in timed)
+    timed = sorted((r for r in timed if r["threads"] == threads), key=lambda r: r["entries"])
+    largest = {(r["dtype"], r["num_tasks"]): r["entries"] for r in timed}
     panels: dict[str, list[Record]] = {}
     for r in timed:
-        if r["entries"] == largest[_panel(r), r["num_tasks"]]:
-            panels.setdefault(_panel(r), []).append(r)
+        if r["entries"] == largest[r["dtype"], r["num_tasks"]]:
+            panels.setdefault(f"{r['dtype']}, {_where(r)}", []).append(r)
     return {title: _roofline(chosen) for title, chosen in panels.items()}
-
-
-def _panel(record: Record) -> str:
-    return f"{record['dtype']}, {_where(record)}"
 
 
 def _roofline(records: Sequence[Record]) -> Roofline:
