@@ -1,4 +1,4 @@
-// The weighted sums on the CPU: included once per instruction set, after gram_kernel.h, whose vectors and walks it uses.
+// The weighted sums on the CPU: included once per instruction set, after gram_kernel.h, for its vectors and walks.
 //
 // A block of entries is summed over all tasks in registers, in float32 (float64 for float64), and rounded once. Every
 // entry sees the same operations wherever it lies in a block.
