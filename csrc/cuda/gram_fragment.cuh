@@ -1,8 +1,8 @@
-// The fragment kernel: for more tasks. The products of a tile of pairs are made by the tensor cores, whose operands come
-// straight from memory into registers. Two facts make that short:
+// The fragment kernels: for more tasks. Tensor cores make the products of a tile of pairs; their operands come straight
+// from memory into registers. Two facts make that short:
 //
-// - in X Xᵀ the columns of the right operand are rows of X, and a warp holds both operands of mma.m16n8k16 alike: what a
-//   lane has of row r serves on the left and on the right;
+// - in X Xᵀ the columns of the right operand are rows of X, and a warp holds both operands of mma.m16n8k16 alike: what
+//   a lane has of row r serves on the left and on the right;
 // - the sum runs over columns in any order, so each lane may read 16 contiguous bytes of its rows and call them
 //   whatever columns the instruction wants.
 //
@@ -12,7 +12,7 @@
 //
 // A float32 entry is the sum of three bfloat16 (8 + 8 + 8 bits): x = big + middle + small. Of the nine products, the
 // three that are left out (middle * small twice, small * small) are together below 6e-8 of x * x, and zero on average.
-// That is as many instructions as two products of TF32 halves take, which lose up to 5e-7 on constants.
+// (Two TF32 halves, without the product of the smaller ones, would take a few instructions less but lose up to 5e-7.)
 #pragma once
 
 #include "vectors.cuh"
@@ -96,7 +96,7 @@ struct Operands<float> {
   }
 };
 
-// The largest magnitude among the entries that it is shown.
+// The largest magnitude of the entries that it is shown.
 template <class In>
 struct Magnitude {
   uint32_t largest = 0;  // bits of a float, or of two bfloat16
@@ -122,7 +122,7 @@ struct Magnitude {
   }
 };
 
-// 8 * kGroups rows as this lane sees them: of each group of 8 rows it reads one, together with 3 other lanes.
+// 8 * kRowGroups rows as this lane sees them: of each group of 8 rows it reads one, together with 3 other lanes.
 template <class In, int kRowGroups>
 struct Side {
   int first_task;
@@ -168,8 +168,8 @@ struct Side {
   }
 };
 
-// What a warp makes: the products of the rows of one side with those of the other, or with themselves (kSelf: then
-// tiles below the diagonal are left out). A tile has 16 x 8 pairs, of which a lane holds 4.
+// What a warp makes: the products of the rows of one side with those of the other, or (kSelf) with themselves, without
+// the tiles below the diagonal. A tile has 16 x 8 pairs, of which a lane holds 4.
 template <class In, int kRowGroups, bool kSelf>
 struct WarpProducts {
   static constexpr int kTiles = kSelf ? kRowGroups / 2 * (kRowGroups / 2 + 1) : kRowGroups / 2 * kRowGroups;

@@ -17,6 +17,16 @@ constexpr int kWidth = 16 / sizeof(In);  // entries of a vector
 
 using ptx::Words;
 
+__device__ inline float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+
+template <class In>
+__device__ uint32_t bits_of(In x) {
+  if constexpr (std::is_same_v<In, float>)
+    return __builtin_bit_cast(uint32_t, x);
+  else
+    return x.bits;
+}
+
 // The vector at entry `at` of a row that starts at a 16-byte boundary; zeros unless all of it is there.
 template <class In>
 __device__ Words load_vector(const In* row, int64_t at, int64_t numel) {
@@ -27,12 +37,10 @@ __device__ Words load_vector(const In* row, int64_t at, int64_t numel) {
 template <class In>
 __device__ Words load_entries(const In* row, int64_t at, int64_t numel) {
   constexpr int kBits = 8 * sizeof(In);
-  static_assert(kBits <= 32);
   Words v{};
 #pragma unroll 1
   for (int e = kWidth<In> - 1; e >= 0; --e) {
-    std::conditional_t<kBits == 16, uint16_t, uint32_t> entry = 0;
-    if (row != nullptr && at + e < numel) __builtin_memcpy(&entry, row + at + e, sizeof entry);
+    const uint32_t entry = row != nullptr && at + e < numel ? bits_of(row[at + e]) : 0;
     v.w[3] = (uint64_t{v.w[3]} << 32 | v.w[2]) >> (32 - kBits);
     v.w[2] = (uint64_t{v.w[2]} << 32 | v.w[1]) >> (32 - kBits);
     v.w[1] = (uint64_t{v.w[1]} << 32 | v.w[0]) >> (32 - kBits);
@@ -41,13 +49,11 @@ __device__ Words load_entries(const In* row, int64_t at, int64_t numel) {
   return v;
 }
 
-// Whether load_vector reads all of entries [begin, end), but for those beyond the segment.
+// Whether load_vector leaves none of a segment's entries before `end` out.
 template <class In, class Table>
 __device__ bool is_whole(const Table& table, int segment, int64_t end) {
   return table.aligned[segment] && (table.numel[segment] % kWidth<In> == 0 || end <= table.numel[segment]);
 }
-
-__device__ inline float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
 // Entry e of a vector: float, or double for float64.
 template <class In>
