@@ -21,7 +21,7 @@ EPS = float(np.finfo(np.float64).eps)
 #: It gives up what gradients span only at an angle below 1e-6 of each other; rounding of G itself hides angles of 1e-8.
 RIDGE = 1e-12
 _STATIONARY = 1e-6  # a convex combination this short, beside the shortest gradient, counts as zero
-_STALLED = 3  # full exchanges without progress before single ones, as in the paper
+_EXCHANGES = 8  # rounds in which all that is wrong is exchanged
 _FEW, _GUESSES, _RELAXED = 64, 12, 1.6  # with more unknowns than that, the first guess is worth so many steps
 
 
@@ -42,8 +42,9 @@ def nonnegative_qp(matrix: Array, linear: Array, guess: Mask | None = None) -> A
 
     Block principal pivoting (Júdice & Pires, 1994; for many right-hand sides Kim & Park, 2011): guess which entries are
     positive, solve for those, exchange the entries that contradict the guess, repeat; one or two rounds are usual. All
-    problems advance at once. Our choice are the first guess, from steps of the alternating direction method of
-    multipliers, and to try the most wrong entry before the last one where single ones are exchanged.
+    problems advance at once. Exchanging everything may cycle, so that after some rounds single entries are exchanged:
+    the most wrong one, and at last, which is slow but sure to end (Murty's rule), that of the highest index. The first
+    guess, from steps of the alternating direction method of multipliers, is our choice, as are the numbers of rounds.
 
     Args:
         matrix: ``A``, positive definite with entries of order 1, ``[T, T]``.
@@ -57,8 +58,7 @@ def nonnegative_qp(matrix: Array, linear: Array, guess: Mask | None = None) -> A
     passive = _positive_guess(matrix, linear) if guess is None else guess.copy()
     solution = np.zeros_like(linear)
     todo = np.arange(num_problems)
-    fewest, patience = np.full(num_problems, num_tasks + 1), np.full(num_problems, _STALLED)
-    for _ in range(20 * num_tasks):
+    for count in range(20 * num_tasks):
         tried = passive[todo]
         found = _solved_on(matrix, linear[todo], tried)
         solution[todo] = np.maximum(found, 0.0)
@@ -69,15 +69,11 @@ def nonnegative_qp(matrix: Array, linear: Array, guess: Mask | None = None) -> A
         left = wrong.any(1)
         if not left.any():
             break
-        todo, wrong, count = todo[left], wrong[left], wrong.sum(1)[left]
-        progress = count < fewest[todo]
-        fewest[todo] = np.where(progress, count, fewest[todo])
-        patience[todo] = np.where(progress, _STALLED, patience[todo] - 1)
-        stuck = patience[todo] < 0
-        if stuck.any():  # exchanging everything may cycle, and so may the most wrong entry alone, but not the last one
+        todo, wrong, slack = todo[left], wrong[left], slack[left]
+        if count >= _EXCHANGES:
             last = num_tasks - 1 - wrong[:, ::-1].argmax(1)
-            single = np.where(patience[todo] < -num_tasks, last, slack[left].argmin(1))
-            wrong &= ~stuck[:, None] | (np.arange(num_tasks) == single[:, None])
+            single = slack.argmin(1) if count < _EXCHANGES + num_tasks else last
+            wrong &= np.arange(num_tasks) == single[:, None]
         passive[todo] ^= wrong
     return solution
 
@@ -100,9 +96,11 @@ def _positive_guess(matrix: Array, linear: Array) -> Mask:
 
 def _solved_on(matrix: Array, linear: Array, passive: Mask) -> Array:
     """Solve every problem on its passive entries, the others being zero; all in one size, filled up by the identity."""
-    if passive.all():
-        everywhere: Array = np.linalg.solve(matrix, linear.T).T
-        return everywhere
+    result = np.zeros_like(linear)
+    if len(linear) == 1:  # nothing to fill up
+        inside = np.flatnonzero(passive[0])
+        result[0, inside] = np.linalg.solve(matrix[inside[:, None], inside], linear[0, inside])
+        return result
     size = int(passive.sum(1).max())
     index = np.argsort(~passive, axis=1, kind="stable")[:, :size]
     rows = np.arange(len(linear))[:, None]
@@ -114,9 +112,7 @@ def _solved_on(matrix: Array, linear: Array, passive: Mask) -> Array:
         blocks.transpose(0, 2, 1)[outside] = 0.0
         blocks.reshape(len(linear), -1)[:, :: size + 1] += outside
         targets[outside] = 0.0
-    values = np.linalg.solve(blocks, targets[:, :, None])[:, :, 0]
-    result = np.zeros_like(linear)
-    result[rows, index] = values
+    result[rows, index] = np.linalg.solve(blocks, targets[:, :, None])[:, :, 0]
     return result
 
 
