@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -21,10 +22,9 @@
 namespace gradstats {
 namespace {
 
-// How far ahead of its use memory is asked for, as measured. Several tiles of float32 want a little less than 2 KiB.
-template <class In, bool kSingleTile>
-constexpr int64_t kPrefetchBytes =
-    sizeof(In) == 8 ? 1024 : kSingleTile ? 3072 : std::is_same_v<In, float> ? 29 * 64 : 2048;
+// How far ahead of its use memory is asked for, as measured.
+template <class In, bool kAlone>
+constexpr int64_t kPrefetchBytes = kAlone && sizeof(In) < 8 ? 3072 : 1024;
 
 struct Problem {
   std::vector<Walk> walks;
@@ -48,15 +48,16 @@ bool is_run(const Walk& walk, int64_t num_tasks) {
 }
 
 struct Free {
-  void operator()(double* p) const { std::free(p); }
+  void operator()(void* p) const { std::free(p); }
 };
-using Buffer = std::unique_ptr<double, Free>;
+using Buffer = std::unique_ptr<void, Free>;
 
-Buffer allocate(int64_t count) {
-  const size_t bytes = (count * sizeof(double) + 63) / 64 * 64;
-  auto* p = static_cast<double*>(std::aligned_alloc(64, bytes));
+// Bytes that are zero.
+Buffer allocate(int64_t bytes) {
+  bytes = (bytes + 63) / 64 * 64;
+  void* p = std::aligned_alloc(64, bytes);
   STD_TORCH_CHECK(p != nullptr, "gradstats: out of memory");
-  return Buffer(p);
+  return Buffer(std::memset(p, 0, bytes));
 }
 
 // ---- one source, several instruction sets ---------------------------------------------------------------------------

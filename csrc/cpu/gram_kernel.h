@@ -1,31 +1,39 @@
 // The CPU kernel: included once per instruction set, inside a namespace that defines kVectorBytes, kTile (rows on each
 // side of a tile whose sums fit in registers), `widen` (16 to 32 and 32 to 64 bits), `half` and `total` of vectors.
 //
-// The products of all pairs of rows are added a chunk at a time by register-tiled kernels, in one of two types:
+// The products of all pairs of rows are added tile by tile, a few vectors of each row at a time, in one of two types:
 //
 // - float32, where many tasks have contiguous runs of float32, bfloat16 or float16. It does twice as many products
-//   at a time, but rounds: a sum takes kChain terms at most before it is folded into float64, which bounds its error by
-//   3e-7 of the norms.
-// - float64 for all else: float64 itself, few tasks, a metric, what is strided, missing or shorter than a chunk, and
+//   at a time, but rounds: up to kStep terms are added in registers, the sums of up to kSteps such steps in memory,
+//   and these are folded into float64. That bounds the error of a sum by 3e-7 of the norms.
+// - float64 for all else: float64 itself, few tasks, a metric, what is strided, missing or shorter than a step, and
 //   any chunk whose products leave the range of float32. Products of the narrower types are exact in it and in range.
 //
-// Rows that several tiles need are kept in a block that stays in cache, in the type of the products. Every pair (i, j)
-// sees the same operations in the same order wherever its tile lies, and the type depends on the set of rows alone:
-// permuting tasks permutes the result exactly.
+// Every pair (i, j) sees the same operations in the same order wherever its tile lies, and the type depends on the set
+// of rows alone: permuting tasks permutes the result exactly.
 
-constexpr int kChain = 16;  // of 64 terms, constants would lose 9e-7
+// Vectors of each row that a tile multiplies at a time, at most, and such steps between two folds. Of 8 times 8 terms,
+// constants lose 2.2e-7; of 64 in one chain 9e-7.
+constexpr int kStep = 8, kSteps = 8;
+// Rows whose tiles stay in cache over a chunk, a group.
+constexpr int64_t kGroup = 16 * kTile;
 
 template <class Acc>
 constexpr int64_t kLanes = kVectorBytes / sizeof(Acc);
 template <class Acc>
 using Vec = Vector<Acc, kLanes<Acc>>;
 
-// Entries of each row that are multiplied at a time.
+// Most entries between two folds, a chunk.
 template <class Acc>
-constexpr int64_t kChunk = std::is_same_v<Acc, float> ? kChain * kLanes<float> : 128;
-// Distance of two rows in the block: a line more than a chunk, so that they do not meet in the same cache sets.
-template <class Acc>
-constexpr int64_t kStride = (1024 + 64) / sizeof(Acc);
+constexpr int64_t kChunk = kSteps * kStep * kLanes<Acc>;
+
+// Entries of a line of the cache. Rows of a block lie a line further apart than they are long, so that they do not
+// meet in the same cache sets.
+template <class T>
+constexpr int64_t kLine = 64 / sizeof(T);
+
+// Entries that are gathered in float64 before they are multiplied, and the distance of two rows of them.
+constexpr int64_t kGathered = 128, kGatheredStride = kGathered + kLine<double>;
 
 template <class V>
 V load_as(const void* from) {
@@ -74,25 +82,15 @@ inline void store(double* to, Vec<double> v) { __builtin_memcpy(to, &v, sizeof v
 
 inline void add_to(double* sum, Vec<double> v) { store(sum, load<double>(sum) + v); }
 
-// Two lanes of float32 are added before they become one of float64: exactly, where they are alike.
-inline void add_to(double* sum, Vec<float> v) { add_to(sum, widen(half<0>(v) + half<1>(v))); }
-
-// Asks for the cache line that its row needs a few chunks later.
-template <bool kSingleTile, class In>
-void ask(const In* from) {
-  __builtin_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes<In, kSingleTile>);
-}
-
 // ---- conversion -------------------------------------------------------------------------------------------------
 
 // A contiguous run, one cache line of input at a time.
 template <class In>
 void convert_run(const In* __restrict in, int64_t count, double* __restrict out) {
-  constexpr int64_t kLine = 64 / sizeof(In);
   int64_t c = 0;
-  for (; c + kLine <= count; c += kLine) {
-    ask<false>(in + c);
-    for (int64_t l = 0; l < kLine; l += kLanes<double>) store(out + c + l, load<double>(in + c + l));
+  for (; c + kLine<In> <= count; c += kLine<In>) {
+    __builtin_prefetch(reinterpret_cast<const char*>(in + c) + kPrefetchBytes<In, true>);
+    for (int64_t l = 0; l < kLine<In>; l += kLanes<double>) store(out + c + l, load<double>(in + c + l));
   }
   for (; c < count; ++c) out[c] = to_double(in[c]);
 }
@@ -135,49 +133,39 @@ inline void convert_row(const Walk& walk, int64_t row, DType dtype, int64_t begi
 
 // ---- products ---------------------------------------------------------------------------------------------------
 
-// Position of pair (i, j), i <= j, in the upper triangle stored row by row.
-inline int64_t pair_index(int64_t i, int64_t j, int64_t num_tasks) { return i * (2 * num_tasks - i - 1) / 2 + j; }
+// Sums of the products of a tile's rows r and columns c; on the diagonal, of r <= c.
+template <class Acc>
+struct Tile {
+  Vec<Acc> sum[kTile][kTile];
+};
 
-// Memory is asked for evenly, as measured: tiles that only multiply must keep it busy too. So where there are several
-// tiles, a diagonal one asks for its first kOwn rows only, and the tiles above the diagonal ask for the others.
-constexpr int kOwn = 2;
+// Lines of N rows that a tile asks for while it multiplies: memory should never wait for the arithmetic.
+template <class In, int N>
+struct Ahead {
+  std::array<const In*, N> rows;
 
-// What one tile above the diagonal asks for: kTile rows, such that all these tiles together ask for all the others.
-template <class In>
-struct Others {
-  const In* rows[kTile];
-
-  Others(const void* const* all_rows, int64_t from, int64_t i, int64_t j, int64_t num_tasks) {
-    constexpr int64_t kLeft = kTile - kOwn;  // of each group of kTile
-    const int64_t side = (num_tasks + kTile - 1) / kTile, column = j / kTile;
-    const int64_t tile = column * (column - 1) / 2 + i / kTile, num_tiles = side * (side - 1) / 2;
-    for (int64_t r = 0; r < kTile; ++r) {
-      const int64_t other = tile * side * kLeft / num_tiles + r;
-      const int64_t row = std::min(other / kLeft * kTile + kOwn + other % kLeft, num_tasks - 1);
-      rows[r] = static_cast<const In*>(all_rows[row]) + from;
-    }
+  void ask(int64_t k) const {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) __builtin_prefetch(rows[n] + k);
   }
 };
 
-// Multiplies rows [i, i + R) among themselves. The rows come from `rows`, and are kept in `block` where other tiles
-// want them too. The sums go to `squares`, for the caller to look at before they are added.
-template <int R, bool kKeep, class In, class Acc>
-void multiply_diagonal_tile(const void* const* rows, int64_t from, int64_t count, int64_t i, Acc* block, Acc* squares) {
-  constexpr int kAsk = kKeep ? std::min(R, kOwn) : R;
-  constexpr int64_t kLine = 64 / sizeof(In);
+// Adds the products of R rows among themselves, and keeps the rows in `block` where other tiles want them.
+template <int R, bool kKeep, class In, class Acc, int N>
+void add_diagonal_tile(const void* const* rows, int64_t from, int64_t count, Acc* block, int64_t stride,
+                       const Ahead<In, N>& ahead, Tile<Acc>& tile) {
   const In* in[R];
   Vec<Acc> sum[R][R] = {};
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) in[r] = static_cast<const In*>(rows[i + r]) + from;
-  for (int64_t line = 0; line < count; line += kLine) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kAsk; ++r) ask<!kKeep>(in[r] + line);
-    for (int64_t k = line; k < line + kLine; k += kLanes<Acc>) {
+  for (int r = 0; r < R; ++r) in[r] = static_cast<const In*>(rows[r]) + from;
+  for (int64_t line = 0; line < count; line += kLine<In>) {
+    ahead.ask(line);
+    for (int64_t k = line; k < line + kLine<In>; k += kLanes<Acc>) {
       Vec<Acc> x[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         x[r] = load<Acc>(in[r] + k);
-        if (kKeep) store(block + (i + r) * kStride<Acc> + k, x[r]);
+        if (kKeep) store(block + r * stride + k, x[r]);
 #pragma GCC unroll 8
         for (int c = 0; c <= r; ++c) sum[c][r] += x[c] * x[r];
       }
@@ -186,25 +174,21 @@ void multiply_diagonal_tile(const void* const* rows, int64_t from, int64_t count
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int c = r; c < R; ++c) store(squares + ((i + r) * kTile + c) * kLanes<Acc>, sum[r][c]);
+    for (int c = r; c < R; ++c) tile.sum[r][c] += sum[r][c];
 }
 
-// Adds the products of rows [i, i + kTile) with rows [j, j + C), i + kTile <= j.
-template <int C, class In, class Acc>
-void add_tile(const Others<In>& others, const Acc* block, int64_t count, int64_t i, int64_t j, int64_t num_tasks,
-              double* sums) {
-  const Acc* a = block + i * kStride<Acc>;
-  const Acc* b = block + j * kStride<Acc>;
+// Adds the products of kTile rows at `a` with C rows at `b`.
+template <int C, class In, class Acc, int N>
+void add_tile(const Acc* a, const Acc* b, int64_t stride, int64_t count, const Ahead<In, N>& ahead, Tile<Acc>& tile) {
   Vec<Acc> sum[kTile][C] = {};
   for (int64_t k = 0; k < count; k += kLanes<Acc>) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kTile; ++r) ask<false>(others.rows[r] + k);
+    if (k % kLine<In> == 0) ahead.ask(k);
     Vec<Acc> x[kTile];
 #pragma GCC unroll 8
-    for (int r = 0; r < kTile; ++r) x[r] = load<Acc>(a + r * kStride<Acc> + k);
+    for (int r = 0; r < kTile; ++r) x[r] = load<Acc>(a + r * stride + k);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      const Vec<Acc> y = load<Acc>(b + c * kStride<Acc> + k);
+      const Vec<Acc> y = load<Acc>(b + c * stride + k);
 #pragma GCC unroll 8
       for (int r = 0; r < kTile; ++r) sum[r][c] += x[r] * y;
     }
@@ -212,19 +196,112 @@ void add_tile(const Others<In>& others, const Acc* block, int64_t count, int64_t
 #pragma GCC unroll 8
   for (int r = 0; r < kTile; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) add_to(sums + (pair_index(i + r, j, num_tasks) + c) * kLanes<double>, sum[r][c]);
+    for (int c = 0; c < C; ++c) tile.sum[r][c] += sum[r][c];
 }
 
-// Calls `function(j, C)` for each group of rows [j, j + C) that meet in one tile.
+// Calls `function(j, C)` for the rows [j, j + C) of each tile on the diagonal.
 template <class Function>
-void for_each_group(int64_t num_tasks, const Function& function) {
+void for_each_width(int64_t num_rows, const Function& function) {
   static_assert(kTile == 3 || kTile == 4);
-  for (int64_t j = 0; j < num_tasks; j += kTile) switch (std::min<int64_t>(kTile, num_tasks - j)) {
+  for (int64_t j = 0; j < num_rows; j += kTile) switch (std::min<int64_t>(kTile, num_rows - j)) {
       case 1: function(j, std::integral_constant<int, 1>{}); break;
       case 2: function(j, std::integral_constant<int, 2>{}); break;
       case 3: function(j, std::integral_constant<int, 3>{}); break;
       default: function(j, std::integral_constant<int, kTile>{}); break;
     }
+}
+
+// Tiles of a group of rows with itself.
+inline int64_t num_tiles(int64_t num_rows) {
+  const int64_t side = (num_rows + kTile - 1) / kTile;
+  return side * (side + 1) / 2;
+}
+
+// What the same rows hold a little later.
+template <int N, bool kAlone, class In>
+Ahead<In, N> ahead_of(const void* const* rows, int64_t from) {
+  constexpr int64_t kDistance = kPrefetchBytes<In, kAlone> / sizeof(In);
+  Ahead<In, N> ahead;
+  for (int n = 0; n < N; ++n) ahead.rows[n] = static_cast<const In*>(rows[n]) + from + kDistance;
+  return ahead;
+}
+
+// Adds the products of rows that a single tile holds.
+template <class In>
+void add_alone(const void* const* rows, int64_t num_rows, int64_t from, int64_t count, Tile<double>& tile) {
+  for_each_width(num_rows, [&](int64_t, auto width) {
+    constexpr int C = decltype(width)::value;
+    add_diagonal_tile<C, false, In, double>(rows, from, count, nullptr, 0, ahead_of<C, true, In>(rows, from), tile);
+  });
+}
+
+// Whether the tiles on the diagonal, which read new rows, come often enough to keep the memory busy by themselves.
+inline bool has_few_tiles(int64_t num_rows) { return num_rows <= 2 * kTile; }
+
+// Entries of each row that a tile multiplies before it is the next one's turn: few, so that the tiles that read new
+// rows come often.
+template <class In, class Acc>
+int64_t step_entries(int64_t num_rows) {
+  constexpr int64_t kMost = kStep * kLanes<Acc>;
+  return has_few_tiles(num_rows) ? std::min(4 * kLine<In>, kMost) : kMost;
+}
+
+// The rows of a group's next step, shared among its tiles: one or two for each, until all are asked for.
+template <class In>
+struct NextRows {
+  const void* const* rows;
+  int64_t num_rows, from, share = num_rows > num_tiles(num_rows) ? 2 : 1, asked = 0;
+
+  const In* row(int64_t r) const { return static_cast<const In*>(rows[std::min(r, num_rows - 1)]) + from; }
+
+  Ahead<In, 2> operator()() {
+    asked += share;
+    return {row(asked - share), row(asked - 1)};
+  }
+};
+
+// Adds the products of a step of a group's rows to its tiles, and keeps the rows in `block`.
+template <class In, class Acc>
+void add_group(const void* const* rows, int64_t num_rows, int64_t from, int64_t count, Acc* block, int64_t stride,
+               Tile<Acc>* tile) {
+  const auto add = [&](const auto& ahead_of_diagonal, const auto& ahead_of_other) {
+    for_each_width(num_rows, [&](int64_t j, auto width) {
+      constexpr int C = decltype(width)::value;
+      Acc* const kept = block + j * stride;
+      add_diagonal_tile<C, true>(rows + j, from, count, kept, stride, ahead_of_diagonal(j, width), *tile++);
+      for (int64_t i = 0; i < j; i += kTile)
+        add_tile<C>(block + i * stride, kept, stride, count, ahead_of_other(), *tile++);
+    });
+  };
+  if (has_few_tiles(num_rows)) {
+    const auto own = [&](int64_t j, auto width) { return ahead_of<decltype(width)::value, false, In>(rows + j, from); };
+    add(own, [] { return Ahead<In, 0>{}; });
+  } else {
+    NextRows<In> next{rows, num_rows, from + count};
+    add([&](int64_t, auto) { return next(); }, [&] { return next(); });
+  }
+}
+
+// Adds the products of a step of the rows at `a`, a whole group, with those of another group at `b`. Returns the end
+// of the tiles.
+template <class Acc>
+Tile<Acc>* add_groups(const Acc* a, const Acc* b, int64_t num_rows, int64_t stride, int64_t count, Tile<Acc>* tile) {
+  for_each_width(num_rows, [&](int64_t j, auto width) {
+    for (int64_t i = 0; i < kGroup; i += kTile)
+      add_tile<decltype(width)::value>(a + i * stride, b + j * stride, stride, count, Ahead<Acc, 0>{}, *tile++);
+  });
+  return tile;
+}
+
+// Adds to sums in float64 what float32 has gathered in a chunk, and clears it. Two lanes of float32 are added before
+// they become one of float64: exactly, where they are alike.
+inline void fold(Tile<float>* from, int64_t num_tiles, Tile<double>* to) {
+  Vec<float>* const in = &from->sum[0][0];
+  Vec<double>* const out = &to->sum[0][0];
+  for (int64_t k = 0; k < num_tiles * kTile * kTile; ++k) {
+    out[k] += widen(half<0>(in[k]) + half<1>(in[k]));
+    in[k] = Vec<float>{};
+  }
 }
 
 template <class In>
@@ -235,56 +312,27 @@ bool is_zero(const In* row, int64_t count) {
   return bits[0] == 0;
 }
 
-// Whether float32 could hold the products of the chunk's rows. By Cauchy and Schwarz no sum exceeds the largest sum of
-// squares, and what underflows is nothing beside rows that are not tiny. NaN and inf are left to float64.
-template <class In>
-bool in_range(const void* const* rows, int64_t from, int64_t count, int64_t num_tasks, const float* squares) {
-  for (int64_t t = 0; t < num_tasks; ++t) {
-    const Vec<float> lanes = load<float>(squares + (t * kTile + t % kTile) * kLanes<float>);
-    const float square = total(half<0>(lanes) + half<1>(lanes));
-    if (!(square <= 0x1p100f)) return false;
-    if (square < 0x1p-90f && !is_zero(static_cast<const In*>(rows[t]) + from, count)) return false;
+// Where the sums lie: the tiles of each group with itself, one group after another and column by column with the tile
+// on the diagonal first; then those of each two groups.
+struct Layout {
+  int64_t num_tasks;
+
+  bool has_groups() const { return num_tasks > kGroup; }
+  int64_t own_tiles() const { return num_tasks / kGroup * num_tiles(kGroup) + num_tiles(num_tasks % kGroup); }
+  int64_t tiles() const {
+    constexpr int64_t kSide = kGroup / kTile;
+    const int64_t groups = num_tasks / kGroup, rest = (num_tasks % kGroup + kTile - 1) / kTile;
+    return own_tiles() + groups * (groups - 1) / 2 * kSide * kSide + groups * kSide * rest;
   }
-  return true;
-}
-
-struct Scratch {
-  Buffer block;    // the rows of a chunk, then the roots of the metric
-  Buffer squares;  // the sums of a chunk's diagonal tiles
-  Buffer sums;     // of each pair, a vector
-
-  explicit Scratch(int64_t num_tasks)
-      : block(allocate((num_tasks + 1) * kStride<double>)),
-        squares(allocate(num_tasks * kTile * kLanes<double>)),
-        sums(allocate(num_tasks * (num_tasks + 1) / 2 * kLanes<double>)) {}
+  // The tile of rows i <= j.
+  int64_t tile(int64_t i, int64_t j) const {
+    constexpr int64_t kSide = kGroup / kTile;
+    const int64_t g = i / kGroup, h = j / kGroup, row = i % kGroup / kTile, column = j % kGroup / kTile;
+    if (g == h) return g * num_tiles(kGroup) + column * (column + 1) / 2 + (row == column ? 0 : 1 + row);
+    const int64_t columns = (std::min(kGroup, num_tasks - h * kGroup) + kTile - 1) / kTile;
+    return own_tiles() + h * (h - 1) / 2 * kSide * kSide + (g * columns + column) * kSide + row;
+  }
 };
-
-// Adds the products of entries [from, from + count) of all rows; `count` is a multiple of a cache line. False: float32
-// cannot hold them and nothing was added.
-template <class In, class Acc>
-bool add_products(const void* const* rows, int64_t from, int64_t count, int64_t num_tasks, const Scratch& scratch) {
-  Acc* const block = reinterpret_cast<Acc*>(scratch.block.get());
-  Acc* const squares = reinterpret_cast<Acc*>(scratch.squares.get());
-  double* const sums = scratch.sums.get();
-  for_each_group(num_tasks, [&](int64_t j, auto width) {
-    constexpr int C = decltype(width)::value;
-    const auto multiply =
-        num_tasks > kTile ? multiply_diagonal_tile<C, true, In, Acc> : multiply_diagonal_tile<C, false, In, Acc>;
-    multiply(rows, from, count, j, block, squares);
-  });
-  if constexpr (std::is_same_v<Acc, float>)
-    if (!in_range<In>(rows, from, count, num_tasks, squares)) return false;
-  for_each_group(num_tasks, [&](int64_t j, auto width) {
-    constexpr int C = decltype(width)::value;
-    for (int64_t r = 0; r < C; ++r)
-      for (int64_t c = r; c < C; ++c)
-        add_to(sums + pair_index(j + r, j + c, num_tasks) * kLanes<double>,
-               load<Acc>(squares + ((j + r) * kTile + c) * kLanes<Acc>));
-    for (int64_t i = 0; i < j; i += kTile)
-      add_tile<C>(Others<In>(rows, from, i, j, num_tasks), block, count, i, j, num_tasks, sums);
-  });
-  return true;
-}
 
 // ---- one slot -----------------------------------------------------------------------------------------------------
 
@@ -301,34 +349,95 @@ inline int64_t span_entries(DType dtype, int64_t num_tasks) {
 struct Slot {
   const Problem& problem;
   int64_t num_tasks = problem.num_tasks;
-  int64_t num_pairs = num_tasks * (num_tasks + 1) / 2;
-  Scratch scratch{num_tasks};
-  std::vector<const void*> block_rows = std::vector<const void*>(num_tasks);
-  int64_t filled = 0;  // columns of the block, in which small pieces gather
+  Layout layout{num_tasks};
+  // Distance of two rows of the block, in bytes: they are kept over a chunk where several groups need them.
+  int64_t stride = (layout.has_groups() ? kSteps : 1) * kStep * kVectorBytes + 64;
+  Buffer block = allocate(num_tasks * stride);
+  Buffer gathered = allocate((num_tasks + 1) * kGatheredStride * sizeof(double));  // then the roots of the metric
+  Buffer partial = allocate(layout.own_tiles() * sizeof(Tile<float>));  // enough for those of any two groups, too
+  Buffer sums = allocate(layout.tiles() * sizeof(Tile<double>));
+  int64_t filled = 0;  // columns gathered
 
-  // Adds whole chunks of a parameter whose rows are runs, straight from where they lie. Returns where they end.
+  explicit Slot(const Problem& problem) : problem(problem) {}
+
+  Tile<double>* sum_tiles() const { return reinterpret_cast<Tile<double>*>(sums.get()); }
+  Tile<float>* partial_tiles() const { return reinterpret_cast<Tile<float>*>(partial.get()); }
+
+  // Whether float32 could hold the products of the chunk's rows. By Cauchy and Schwarz no sum exceeds the largest sum
+  // of squares, and what underflows is nothing beside rows that are not tiny. NaN and inf are left to float64.
+  template <class In>
+  bool in_range(const void* const* rows, int64_t from, int64_t count) const {
+    for (int64_t t = 0; t < num_tasks; ++t) {
+      const Vec<float>& lanes = partial_tiles()[layout.tile(t, t)].sum[t % kTile][t % kTile];
+      const float square = total(half<0>(lanes) + half<1>(lanes));
+      if (!(square <= 0x1p100f)) return false;
+      if (square < 0x1p-90f && !is_zero(static_cast<const In*>(rows[t]) + from, count)) return false;
+    }
+    return true;
+  }
+
+  // Adds the products of entries [from, from + count) of all rows, at most a chunk. False: float32 cannot hold them
+  // and nothing was added.
+  template <class In, class Acc>
+  bool add_products(const void* const* rows, int64_t from, int64_t count) {
+    constexpr bool kFolds = std::is_same_v<Acc, float>;
+    const int64_t row = stride / sizeof(Acc);
+    Acc* const kept = reinterpret_cast<Acc*>(block.get());
+    Tile<Acc>* const tiles = reinterpret_cast<Tile<Acc>*>(kFolds ? partial.get() : sums.get());
+    const auto for_each_step = [&](const auto& function) {
+      const int64_t step = step_entries<In, Acc>(num_tasks);
+      for (int64_t k = 0; k < count; k += step) function(k, std::min(count - k, step));
+    };
+
+    Tile<Acc>* tile = tiles;
+    for (int64_t g = 0; g < num_tasks; g += kGroup) {
+      const int64_t num_rows = std::min(kGroup, num_tasks - g);
+      for_each_step([&](int64_t k, int64_t n) {
+        Acc* const to = kept + g * row + (layout.has_groups() ? k : 0);
+        add_group<In>(rows + g, num_rows, from + k, n, to, row, tile);
+      });
+      tile += num_tiles(num_rows);
+    }
+    if constexpr (kFolds) {
+      if (!in_range<In>(rows, from, count)) {
+        std::memset(partial.get(), 0, layout.own_tiles() * sizeof(Tile<float>));
+        return false;
+      }
+      fold(tiles, layout.own_tiles(), sum_tiles());
+    }
+
+    Tile<double>* sum = sum_tiles() + layout.own_tiles();
+    for (int64_t h = kGroup; h < num_tasks; h += kGroup)
+      for (int64_t g = 0; g < h; g += kGroup) {
+        Tile<Acc>* const first = kFolds ? tiles : reinterpret_cast<Tile<Acc>*>(sum);
+        Tile<Acc>* last = first;
+        for_each_step([&](int64_t k, int64_t n) {
+          last = add_groups(kept + g * row + k, kept + h * row + k, std::min(kGroup, num_tasks - h), row, n, first);
+        });
+        if constexpr (kFolds) fold(first, last - first, sum);
+        sum += last - first;
+      }
+    return true;
+  }
+
+  // Adds whole steps of a parameter whose rows are runs, straight from where they lie. Returns where they end.
   template <class In>
   int64_t add_runs(const Walk& walk, int64_t from, int64_t stop) {
     const void* const* const rows = walk.data.data();
     // Where a single tile does it all, float64 keeps up with the memory, and no row is needed again.
     if (num_tasks <= kTile) {
-      const int64_t count = (stop - from) / kChunk<double> * kChunk<double>;
-      add_products<In, double>(rows, from, count, num_tasks, scratch);
+      const int64_t count = (stop - from) / kGathered * kGathered;
+      add_alone<In>(rows, num_tasks, from, count, *sum_tiles());
       return from + count;
     }
     using Acc = std::conditional_t<std::is_same_v<In, double>, double, float>;
-    for (; stop - from >= kChunk<Acc>; from += kChunk<Acc>)
-      if (!add_products<In, Acc>(rows, from, kChunk<Acc>, num_tasks, scratch)) add_exactly(walk, from, kChunk<Acc>);
-    return from;
-  }
-
-  // Adds a few entries of a parameter in float64.
-  void add_exactly(const Walk& walk, int64_t from, int64_t count) {
-    for (int64_t part; count > 0; from += part, count -= part) {
-      part = std::min(count, kChunk<double>);
-      convert_piece(walk, from, part, 0);
-      add_block(part);
+    const int64_t step = step_entries<In, Acc>(num_tasks);
+    stop -= (stop - from) % step;
+    for (int64_t count; from < stop; from += count) {
+      count = std::min(kSteps * step, stop - from);
+      if (!add_products<In, Acc>(rows, from, count)) gather(walk, from, count);
     }
+    return from;
   }
 
   int64_t add_runs(const Walk& walk, int64_t from, int64_t stop) {
@@ -341,73 +450,77 @@ struct Slot {
     return from;
   }
 
-  // Converts a piece of any parameter to column `filled` of the block.
-  void convert_piece(const Walk& walk, int64_t from, int64_t count, int64_t filled) {
-    double* const root = scratch.block.get() + num_tasks * kStride<double> + filled;
+  // Converts entries of any parameter to float64, to be added with others when there are enough.
+  void gather(const Walk& walk, int64_t from, int64_t count) {
+    for (int64_t part; count > 0; from += part, count -= part) {
+      part = std::min(kGathered - filled, count);
+      convert_piece(walk, from, part);
+      filled += part;
+      if (filled == kGathered) add_gathered();
+    }
+  }
+
+  // Converts a piece of any parameter to column `filled`.
+  void convert_piece(const Walk& walk, int64_t from, int64_t count) {
+    double* const root = gathered_row(num_tasks) + filled;
     if (problem.has_metric) {
       convert_row(walk, num_tasks, walk.metric_dtype, from, count, root);
       for (int64_t c = 0; c < count; ++c) root[c] = __builtin_sqrt(root[c]);
     }
     for (int64_t t = 0; t < num_tasks; ++t) {
-      double* const row = scratch.block.get() + t * kStride<double> + filled;
+      double* const row = gathered_row(t) + filled;
       convert_row(walk, t, walk.dtype, from, count, row);
       if (problem.has_metric)
         for (int64_t c = 0; c < count; ++c) row[c] *= root[c];
     }
   }
 
-  // Adds what is in the first columns of the block.
-  void add_block(int64_t filled) {
-    constexpr int64_t kLine = 64 / sizeof(double);
-    const int64_t count = (filled + kLine - 1) / kLine * kLine;
+  double* gathered_row(int64_t t) const { return reinterpret_cast<double*>(gathered.get()) + t * kGatheredStride; }
+
+  void add_gathered() {
+    const int64_t count = (filled + kLine<double> - 1) / kLine<double> * kLine<double>;
+    std::vector<const void*> rows(num_tasks);
     for (int64_t t = 0; t < num_tasks; ++t) {
-      double* const row = scratch.block.get() + t * kStride<double>;
-      std::fill(row + filled, row + count, 0.0);
-      block_rows[t] = row;
+      std::fill(gathered_row(t) + filled, gathered_row(t) + count, 0.0);
+      rows[t] = gathered_row(t);
     }
-    add_products<double, double>(block_rows.data(), 0, count, num_tasks, scratch);
+    filled = 0;
+    if (num_tasks <= kTile) return add_alone<double>(rows.data(), num_tasks, 0, count, *sum_tiles());
+    add_products<double, double>(rows.data(), 0, count);
   }
 
-  // Adds entries [from, stop) of parameter k.
-  void add(int64_t k, int64_t from, int64_t stop) {
-    const Walk& walk = problem.walks[k];
-    if (problem.is_run[k]) {
-      // Whole chunks need the block for themselves.
-      if (filled > 0 && stop - from >= std::min(kChunk<float>, kChunk<double>)) add_block(std::exchange(filled, 0));
-      from = add_runs(walk, from, stop);
-    }
-    while (from < stop) {
-      const int64_t count = std::min(kChunk<double> - filled, stop - from);
-      convert_piece(walk, from, count, filled);
-      from += count, filled += count;
-      if (filled == kChunk<double>) add_block(std::exchange(filled, 0));
-    }
-  }
-
-  void run(int64_t begin, int64_t end) {
-    std::fill_n(scratch.sums.get(), num_pairs * kLanes<double>, 0.0);
+  // Adds entries [begin, end) of the concatenated parameters, and combines them.
+  void add(int64_t begin, int64_t end) {
     for (int64_t k = problem.parameter_at(begin); begin < end; ++k) {
-      const int64_t stop = std::min(problem.walks[k].numel, end - problem.starts[k]);
-      const int64_t span = span_entries(problem.walks[k].dtype, num_tasks);
+      const Walk& walk = problem.walks[k];
+      const int64_t stop = std::min(walk.numel, end - problem.starts[k]);
+      const int64_t span = span_entries(walk.dtype, num_tasks);
       for (int64_t next, from = begin - problem.starts[k]; from < stop; from = next) {
         next = std::min(stop, from + span);
-        add(k, from, next);
+        const int64_t rest = problem.is_run[k] ? add_runs(walk, from, next) : from;
+        gather(walk, rest, next - rest);
         if (problem.weights != nullptr) combine(problem, k, from, next);
       }
       begin = problem.starts[k] + stop;
     }
-    if (filled > 0) add_block(filled);
+  }
+
+  // Writes the sums of all pairs (i, j), i <= j, row by row.
+  void finish(double* out) {
+    if (filled > 0) add_gathered();
+    for (int64_t i = 0; i < num_tasks; ++i)
+      for (int64_t j = i; j < num_tasks; ++j, ++out) {
+        const Vec<double>& lanes = sum_tiles()[layout.tile(i, j)].sum[i % kTile][j % kTile];
+        *out = 0;
+        for (int lane = 0; lane < kLanes<double>; ++lane) *out += lanes[lane];
+      }
   }
 };
 
 // Sums of the products of all pairs over entries [begin, end) of the concatenated parameters, into `out`
 // [num_tasks * (num_tasks + 1) / 2].
 void gram_slot(const Problem& problem, int64_t begin, int64_t end, double* out) {
-  Slot slot{problem};
-  slot.run(begin, end);
-  for (int64_t pair = 0; pair < slot.num_pairs; ++pair) {
-    out[pair] = 0;
-    const double* const lanes = slot.scratch.sums.get() + pair * kLanes<double>;
-    for (int lane = 0; lane < kLanes<double>; ++lane) out[pair] += lanes[lane];
-  }
+  Slot slot(problem);
+  slot.add(begin, end);
+  slot.finish(out);
 }
