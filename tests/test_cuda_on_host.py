@@ -134,7 +134,7 @@ def test_a_long_list_goes_into_few_launches(kernels):
     assert [launch[2] for launch in plan(kernels, 256, [1000] * 30)[0]] == [11, 11, 8]
 
 
-@pytest.mark.parametrize("num_tasks", [2, 8, 16, 64, 256])
+@pytest.mark.parametrize("num_tasks", [2, 8, 16, 64, 256, 1024])
 def test_slots_grow_with_the_work_up_to_a_bound(kernels, num_tasks):
     slots = [plan(kernels, num_tasks, [10**k])[1] for k in range(1, 11)]
     assert slots[0] == 1

@@ -76,7 +76,7 @@ inline int64_t num_slots(Kernel kernel, DType dtype, int64_t num_tasks, int64_t 
   const Geometry shape = geometry(kernel, dtype, num_tasks);
   const int64_t chunks = (entries + shape.chunk - 1) / shape.chunk;
   if (kernel == Kernel::registers) return std::min<int64_t>(chunks, 2 * 1056);
-  const int64_t most = std::max(1056 / shape.blocks_per_slot, 132);
+  const int64_t most = std::max(1056 / shape.blocks_per_slot, 8);
   return std::clamp<int64_t>(entries / (8 * num_tasks), 1, std::min(chunks, most));
 }
 
