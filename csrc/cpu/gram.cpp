@@ -134,7 +134,8 @@ Kernels choose_kernels() {
   if (allow_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     return {avx512::gram_slot, avx512::combine_slot};
-  if (allow_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {avx2::gram_slot, avx2::combine_slot};
+  if (allow_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return {avx2::gram_slot, avx2::combine_slot};
   return {portable::gram_slot, portable::combine_slot};
 }
 #else

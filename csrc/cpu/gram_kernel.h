@@ -95,7 +95,7 @@ void convert_run(const In* __restrict in, int64_t count, double* __restrict out)
   for (; c < count; ++c) out[c] = to_double(in[c]);
 }
 
-// Calls `function(data, step, count)` for each stretch of equal steps in entries [begin, begin + count) of a row's walk.
+// Calls `function(data, step, count)` for each stretch of equal steps in a row's entries [begin, begin + count).
 template <class In, class Function>
 void for_each_stretch(const Walk& walk, int64_t row, int64_t begin, int64_t count, const Function& function) {
   const int64_t* strides = walk.row_strides(row);
