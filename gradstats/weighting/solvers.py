@@ -21,6 +21,7 @@ EPS = float(np.finfo(np.float64).eps)
 #: It gives up what gradients span only at an angle below 1e-6 of each other; rounding of G itself hides angles of 1e-8.
 RIDGE = 1e-12
 _STATIONARY = 1e-6  # a convex combination this short, beside the shortest gradient, counts as zero
+_BLOCK = 2**18  # entries of all systems that are solved at once
 _EXCHANGES = 8  # rounds in which all that is wrong is exchanged
 _FEW, _GUESSES, _RELAXED = 64, 12, 1.6  # with more unknowns than that, the first guess is worth so many steps
 
@@ -101,6 +102,10 @@ def _solved_on(matrix: Array, linear: Array, passive: Mask) -> Array:
         inside = np.flatnonzero(passive[0])
         result[0, inside] = np.linalg.solve(matrix[inside[:, None], inside], linear[0, inside])
         return result
+    most = max(1, _BLOCK // matrix.size)
+    if len(linear) > most:
+        parts = [slice(i, i + most) for i in range(0, len(linear), most)]
+        return np.concatenate([_solved_on(matrix, linear[part], passive[part]) for part in parts])
     size = int(passive.sum(1).max())
     index = np.argsort(~passive, axis=1, kind="stable")[:, :size]
     rows = np.arange(len(linear))[:, None]
