@@ -67,7 +67,7 @@ def compare(
     Raises:
         ValueError: If an argument is out of its range, a name is unknown, or ``out`` holds a run of other settings.
         FileNotFoundError: If a file of the data is missing.
-        RuntimeError: If runs failed; says which and why. The results of the others are written.
+        RuntimeError: If runs failed; says which and why, with tracebacks in the log. The others' results are written.
     """
     for name, value in {"seeds": seeds, "jobs": jobs, "threads": threads}.items():
         if not isinstance(value, int) or value < 1:
@@ -90,6 +90,6 @@ def compare(
     if results.methods:
         results.write(Path(out))
     if failures:
-        listed = "\n".join(f"{run.method}, seed {run.seed}: {why}" for run, why in failures)
+        listed = "\n".join(f"{run.method}, seed {run.seed}: {why.splitlines()[-1]}" for run, why in failures)
         raise RuntimeError(f"{len(failures)} of {len(runs)} runs failed; the others are in {out}\n{listed}")
     return results
