@@ -443,8 +443,8 @@ class CAGrad(_AroundTheMean):
 
     def _solve(self, gradients: Gradients) -> Array:
         lengths = gradients.lengths
-        pushed = solvers.pushed(lengths, gradients.cosine, lengths, self.c)
-        return (1.0 + pushed / lengths) / gradients.num_known
+        step = solvers.worst_case_step(lengths, gradients.cosine, lengths, self.c)
+        return (1.0 + step / lengths) / gradients.num_known
 
 
 # ---- bargains -------------------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def shortest(norms: Array, cosine: Array) -> Array:
     ``ρ``, and is bounded also where that combination is zero. With ``ρ`` the least norm it is well scaled.
 
     Args:
-        norms: Norms ``n > 0``, where inf stands for a gradient beside which the others vanish, ``[T]``.
+        norms: Norms ``n > 0``, ``[T]``.
         cosine: ``[T, T]``.
 
     Returns:
@@ -156,12 +156,13 @@ def shortest(norms: Array, cosine: Array) -> Array:
     return weights / float(weights.sum())
 
 
-def pushed(norms: Array, cosine: Array, start: Array, radius: float) -> Array:
-    """``argmax_d min_i g_i·d`` over the ball of that radius, times the length of the start, around the start.
+def worst_case_step(norms: Array, cosine: Array, start: Array, radius: float) -> Array:
+    """The step from a start to ``argmax_d min_i g_i·d`` over a ball around it, of a radius relative to its length.
 
-    By duality the step ``d - start`` is ``Σ y_i u_i`` of the unit gradients with ``y ≥ 0``, where the least slope ``τ``
-    is what the radius allows. For given ``τ`` it is a non-negative quadratic program, whose length grows with ``τ`` and
-    is the root of a quadratic where the same entries are positive. So: Newton's method in ``τ``, kept in a bracket.
+    By duality the step is ``Σ y_i u_i`` of the unit gradients with ``y ≥ 0``: the shortest that gets to the slope
+    ``g_i·d ≥ τ`` everywhere, with the greatest ``τ`` that the radius allows. For given ``τ`` that is a non-negative
+    quadratic program. Its length grows with ``τ``, and while the same entries are positive it is the root of a
+    quadratic: so Newton's method in ``τ``, kept in a bracket.
 
     Where a convex combination of the gradients vanishes, ``τ ≤ 0`` and ``d`` is not unique: that nearest the start.
 
@@ -169,7 +170,7 @@ def pushed(norms: Array, cosine: Array, start: Array, radius: float) -> Array:
         norms: Norms ``n > 0``, ``[T]``.
         cosine: ``[T, T]``.
         start: Coefficients of the unit gradients in the start, ``[T]``.
-        radius: ``≥ 0``.
+        radius: Of the ball, not negative.
 
     Returns:
         ``y``, ``[T]``.

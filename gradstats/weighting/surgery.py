@@ -111,7 +111,7 @@ class GradVac(_Surgery):
 
     Args:
         num_tasks: Number of tasks ``T``.
-        beta: How fast targets follow, in [0, 1]; 0.5 by default. (The paper's own experiments have 0.01.)
+        beta: How fast targets follow, in [0, 1].
         seed: Of the random orders, a non-negative integer.
 
     Attributes:
