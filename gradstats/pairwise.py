@@ -71,7 +71,7 @@ def pairwise(
 def _stacked_operands(grads: object, metric: object) -> tuple[list[Tensor], int, list[Tensor]]:
     """The operator's tensors, number of tasks and metric for blocks ``[T, *param]``."""
     given = [grads] if isinstance(grads, Tensor) else _as_list(grads, "grads")
-    blocks = {k: _tensor(block, f"grads[{k}]") for k, block in enumerate(given) if block is not None}
+    blocks = {k: _tensor(block, "grads[{}]", k) for k, block in enumerate(given) if block is not None}
     if not blocks:
         raise ValueError("grads: expected at least one gradient, got none")
     first, model = next(iter(blocks.items()))
@@ -83,11 +83,11 @@ def _stacked_operands(grads: object, metric: object) -> tuple[list[Tensor], int,
                 f"grads[{k}]: expected {model.shape[0]} tasks in the first dimension as in grads[{first}], "
                 f"got shape {tuple(block.shape)}"
             )
-        _check_device(block, model, f"grads[{k}]")
+        _check_device(block, model, "grads[{}]", k)
     num_tasks = model.shape[0]
     if num_tasks == 0:
         raise ValueError(f"grads: expected at least one task, got shape {tuple(model.shape)}")
-    scale = _metric_operand(metric, len(given), {k: block[0] for k, block in blocks.items()})
+    scale = [] if metric is None else _metric_operand(metric, len(given), {k: b[0] for k, b in blocks.items()})
     return list(blocks.values()), num_tasks, scale
 
 
@@ -102,16 +102,16 @@ def _listed_operands(grads: object, metric: object) -> tuple[list[Tensor], int, 
         if len(task) != num_params:
             raise ValueError(f"grads[{t}]: expected {num_params} parameter gradients as in grads[0], got {len(task)}")
     models: dict[int, Tensor] = {}
-    for k in range(num_params):
-        model = _check_parameter([task[k] for task in tasks], k)
+    for k, column in enumerate(zip(*tasks, strict=True)):
+        model = _check_parameter(column, k)
         if model is not None:
             models[k] = model
     if not models:
         raise ValueError("grads: expected at least one gradient, got none")
     first = next(iter(models.values()))
     for k, model in models.items():
-        _check_device(model, first, f"grads[...][{k}]")
-    scale = _metric_operand(metric, num_params, models)
+        _check_device(model, first, "grads[...][{}]", k)
+    scale = [] if metric is None else _metric_operand(metric, num_params, models)
     # An empty tensor stands for a gradient of zeros in the operator, whose schema takes tensors alone.
     tensors = [task[k] for task in tasks for k in models]
     if any(tensor is None for tensor in tensors):
@@ -120,21 +120,21 @@ def _listed_operands(grads: object, metric: object) -> tuple[list[Tensor], int, 
     return tensors, len(tasks), scale
 
 
-def _check_parameter(column: list[Tensor | None], k: int) -> Tensor | None:
+def _check_parameter(column: tuple[Any, ...], k: int) -> Tensor | None:
     """Check one parameter's gradients against each other; return one of them, or None where all tasks have None."""
     owner = next((t for t, grad in enumerate(column) if grad is not None), None)
     if owner is None:
         return None
-    model = _tensor(column[owner], f"grads[{owner}][{k}]")
+    model = _tensor(column[owner], "grads[{}][{}]", owner, k)
     shape, dtype, device = model.shape, model.dtype, model.device
     for t, grad in enumerate(column):
         # One quick test for each of the many tensors; what is wrong is found out when something is.
         if grad is not None and not (
             isinstance(grad, Tensor)
             and grad.shape == shape
-            and grad.dtype == dtype
+            and grad.dtype is dtype
             and grad.device == device
-            and grad.layout == torch.strided
+            and grad.layout is torch.strided
         ):
             _refuse(grad, model, f"grads[{t}][{k}]", f"grads[{owner}][{k}]")
     return model
@@ -152,8 +152,6 @@ def _refuse(value: object, model: Tensor, argument: str, other: str) -> NoReturn
 
 def _metric_operand(metric: object, num_params: int, models: Mapping[int, Tensor]) -> list[Tensor]:
     """``metric`` for the parameters in ``models``, which has a tensor of each one's shape."""
-    if metric is None:
-        return []
     diagonal = [metric] if isinstance(metric, Tensor) else _as_list(metric, "metric")
     if len(diagonal) != num_params:
         raise ValueError(f"metric: expected {num_params} tensors, one per parameter, got {len(diagonal)}")
@@ -175,17 +173,19 @@ def _as_list(value: object, argument: str) -> list[Any]:
     return list(value)
 
 
-def _tensor(value: object, argument: str) -> Tensor:
-    """``value``, if it is a tensor that the operator reads."""
+def _tensor(value: object, argument: str, *at: int) -> Tensor:
+    """``value``, if it is a tensor that the operator reads; ``argument`` names it, with indices ``at`` filled in."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{argument}: expected a dense tensor, got layout {value.layout}")
+        raise TypeError(f"{argument.format(*at)}: expected a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{argument.format(*at)}: expected a dense tensor, got layout {value.layout}")
     if value.dtype not in ops.DTYPES:
-        raise TypeError(f"{argument}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
+        expected = "expected float32, bfloat16, float16 or float64"
+        raise TypeError(f"{argument.format(*at)}: {expected}, got {value.dtype}")
     return value
 
 
-def _check_device(value: Tensor, model: Tensor, argument: str) -> None:
+def _check_device(value: Tensor, model: Tensor, argument: str, *at: int) -> None:
     if value.device != model.device:
-        raise ValueError(f"{argument}: expected device {model.device} as the other gradients, got {value.device}")
+        expected = f"expected device {model.device} as the other gradients"
+        raise ValueError(f"{argument.format(*at)}: {expected}, got {value.device}")
