@@ -103,6 +103,8 @@ class TestNumerics:
         blocks, _ = problem(num_tasks, dtype)
         grads = [block[t] for t in range(num_tasks) for block in blocks]
         grads[-1] = grads[-1].new_empty(0)
+        if num_tasks > 1:
+            grads[0] = torch.empty(0, dtype=torch.float64)  # whatever its dtype
         assert error(triton_gram_of(grads, num_tasks), grads) < tolerance(dtype)
 
     @pytest.mark.parametrize("num_tasks", [3, 10])
@@ -161,6 +163,7 @@ class TestNumerics:
             [x * 10.0**e for x, e in zip(plain, exponents, strict=True)],
             [x * 10.0 ** torch.linspace(-30, 30, n, dtype=torch.float64) for x in plain],
             [plain[0] * one_huge, 0 * plain[1], 1e-30 * plain[2], *plain[3:]],
+            [plain[0] * 0, *(1e-28 * x for x in plain[1:])],
         ):
             grads = [x.to(dtype) for x in rows]
             gram = triton_gram_of(grads, num_tasks)
@@ -396,7 +399,10 @@ class TestCode:
         assert re.search(r"cp\.async\.cg\S* \[[^]]*\], \[[^]]*\], (0x10|16)", code.ptx), "no copies of 16 bytes"
         assert not code.spills
 
-    def test_a_metric_and_bfloat16_are_multiplied_in_float64(self) -> None:
-        code = Compiled(16, kind(torch.bfloat16, torch.float32), 90)
+    @pytest.mark.parametrize(
+        ("dtype", "metric_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+    )
+    def test_a_metric_is_multiplied_in_float64(self, dtype: torch.dtype, metric_dtype: torch.dtype) -> None:
+        code = Compiled(16, kind(dtype, metric_dtype), 90)
         assert code.count(r"mma\.sync\S*\.f64\.f64")
         assert not code.count("tf32")

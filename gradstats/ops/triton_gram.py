@@ -6,7 +6,7 @@ launches the kernels of :mod:`gradstats.ops.triton_kernels`, without waiting for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -96,6 +96,7 @@ def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stac
     """Kernel of ``gradstats::gram``; the arguments are described at :func:`gradstats.ops.gram`.
 
     Gradients are read where they lie if all tasks share a parameter's strides and these are dense; others are copied.
+    The first call for a kind of gradients compiles and tunes the kernels, which a CUDA graph cannot capture.
     """
     groups: dict[Kind, list[Parameter]] = {}
     for parameter in _parameters(grads, num_tasks, metric, stacked):
@@ -130,57 +131,60 @@ def _parameters(
     num_params = len(grads) if stacked else len(grads) // num_tasks
     if metric and len(metric) != num_params:
         raise ValueError(f"gradstats::gram: expected a metric of {num_params} tensors, got {len(metric)}")
+    device = grads[0].device
     for k in range(num_params):
         scale = metric[k : k + 1]
-        if not stacked:
+        if stacked:
+            if grads[k].ndim == 0 or grads[k].shape[0] != num_tasks:
+                raise ValueError("gradstats::gram: expected stacked blocks of shape [num_tasks, ...]")
+            if grads[k].numel():
+                yield _stacked_parameter(grads[k], scale, device)
+        else:
             rows = grads[k::num_params]
-            if any(row.numel() for row in rows):
-                yield _listed_parameter(rows, scale, grads[0].device)
-        elif grads[k].ndim == 0 or grads[k].shape[0] != num_tasks:
-            raise ValueError("gradstats::gram: expected stacked blocks of shape [num_tasks, ...]")
-        elif grads[k].numel():
-            yield _stacked_parameter(grads[k], scale, grads[0].device)
+            present = [row for row in rows if row.numel()]
+            if present:
+                yield _listed_parameter(rows, present, scale, device)
 
 
-def _listed_parameter(rows: Sequence[Tensor], scale: Sequence[Tensor], device: torch.device) -> Parameter:
-    present = [row for row in rows if row.numel()]
+def _listed_parameter(
+    rows: Sequence[Tensor], present: Sequence[Tensor], scale: Sequence[Tensor], device: torch.device
+) -> Parameter:
     first = present[0]
     if any(row.shape != first.shape or row.dtype != first.dtype for row in present):
         raise ValueError("gradstats::gram: tensors of one parameter differ in shape or dtype")
-    _check(first.shape, [*present, *scale], scale, device)
+    _check(first.shape, present, scale, device)
     if not _lie_alike(first.shape, {tensor.stride() for tensor in (*present, *scale)}):
         rows, scale = [row.contiguous() for row in rows], [d.contiguous() for d in scale]
     addresses = [row.data_ptr() if row.numel() else 0 for row in rows]
-    return _parameter(addresses, scale, first, first.numel(), rows)
+    return _parameter(addresses, first.dtype, first.numel(), rows, scale)
 
 
 def _stacked_parameter(block: Tensor, scale: Sequence[Tensor], device: torch.device) -> Parameter:
     shape = block.shape[1:]
-    _check(shape, [block, *scale], scale, device)
+    _check(shape, [block], scale, device)
     if not _lie_alike(shape, {block.stride()[1:], *(d.stride() for d in scale)}):
         block, scale = block.contiguous(), [d.contiguous() for d in scale]
     step = block.stride(0) * block.itemsize
     addresses = [block.data_ptr() + t * step for t in range(block.shape[0])]
-    return _parameter(addresses, scale, block, shape.numel(), [block])
+    return _parameter(addresses, block.dtype, shape.numel(), [block], scale)
+
+
+def _check(shape: torch.Size, rows: Sequence[Tensor], scale: Sequence[Tensor], device: torch.device) -> None:
+    if any(tensor.dtype not in _TRITON_DTYPES for tensor in (rows[0], *scale)):
+        raise ValueError("gradstats::gram: expected float32, float64, float16 or bfloat16 tensors")
+    if any(tensor.device != device for tensor in (*rows, *scale)):
+        raise ValueError(f"gradstats::gram: expected all tensors on {device}")
+    if scale and scale[0].shape != shape:
+        raise ValueError("gradstats::gram: expected a metric of the gradients' shapes")
 
 
 def _parameter(
-    addresses: list[int], scale: Sequence[Tensor], model: Tensor, numel: int, tensors: Sequence[Tensor]
+    addresses: list[int], dtype: torch.dtype, numel: int, rows: Sequence[Tensor], scale: Sequence[Tensor]
 ) -> Parameter:
     metric_address = scale[0].data_ptr() if scale else 0
     aligned = all(address % _VECTOR_BYTES == 0 for address in (*addresses, metric_address))
-    kind = Kind(model.dtype, scale[0].dtype if scale else None, aligned)
-    return Parameter(addresses, metric_address, numel, kind, [*tensors, *scale])
-
-
-def _check(shape: torch.Size, tensors: Iterable[Tensor], scale: Sequence[Tensor], device: torch.device) -> None:
-    for tensor in tensors:
-        if tensor.dtype not in _TRITON_DTYPES:
-            raise ValueError("gradstats::gram: expected float32, float64, float16 or bfloat16 tensors")
-        if tensor.device != device:
-            raise ValueError(f"gradstats::gram: expected all tensors on {device}")
-    if scale and scale[0].shape != shape:
-        raise ValueError("gradstats::gram: expected a metric of the gradients' shapes")
+    kind = Kind(dtype, scale[0].dtype if scale else None, aligned)
+    return Parameter(addresses, metric_address, numel, kind, [*rows, *scale])
 
 
 def _lie_alike(shape: torch.Size, strides: set[tuple[int, ...]]) -> bool:
@@ -246,9 +250,7 @@ def _launch(kind: Kind, table: Tensor, sums: Tensor, tiling: Tiling) -> None:
     if not tiling.tile:
         run(triton_kernels.register_kernel, 1, _LANES // 32, LANES=_LANES, VECTOR=_VECTOR_BYTES // kind.dtype.itemsize)
         return
-    tiles, chunk = tiling.rows // tiling.tile, tiling.chunk(kind.dtype)
-    run(triton_kernels.tile_kernel, tiles, tiling.tile // 8, SAME=True, TILE=tiling.tile, CHUNK=chunk)
-    if tiles > 1:
-        run(
-            triton_kernels.tile_kernel, tiles * (tiles - 1), tiling.tile // 8, SAME=False, TILE=tiling.tile, CHUNK=chunk
-        )
+    tiles = tiling.rows // tiling.tile
+    for same, programs in ((True, tiles), (False, tiles * (tiles - 1))):
+        if programs:
+            run(triton_kernels.tile_kernel, programs, tiling.tile // 8, SAME=same, TILE=tiling.tile, CHUNK=_TILE_CHUNK)

@@ -88,13 +88,23 @@ def _read(address, offsets, numel, TAIL: tl.constexpr, DTYPE: tl.constexpr, ALIG
 
 
 @triton.jit
+def _widen(x):
+    """The entries in float64."""
+    wide = x.to(tl.float64)
+    if x.dtype.primitive_bitwidth == 16:
+        # Triton cannot multiply matrices in float64 that it sees to come from 16 bits: a sum of one term hides that.
+        wide = tl.sum(wide[:, :, None], axis=2)
+    return wide
+
+
+@triton.jit
 def _root(segment, offsets, numel, TAIL: tl.constexpr, METRIC_DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Root of the metric, in float64: with it on each side, a product is weighted alike for both of its tasks."""
     if METRIC_DTYPE is None:
         root = 1.0
     else:
         metric = _read(tl.load(segment + METRIC), offsets, numel, TAIL, METRIC_DTYPE, ALIGNED)
-        root = tl.sqrt(metric.to(tl.float64))
+        root = tl.sqrt(_widen(metric))
     return root
 
 
@@ -243,10 +253,6 @@ def _multiply(x, y, DTYPE: tl.constexpr, WIDE: tl.constexpr):
     ``S = H Hᵀ + 2 H Lᵀ + L Lᵀ`` needs one product less than the sum that it stands for.
     """
     if WIDE:
-        if DTYPE.primitive_bitwidth == 16:
-            # A sum over a side of length 1: Triton cannot multiply in float64 what it sees to come from 16 bits.
-            x = tl.sum(x[:, :, None], axis=2)
-            y = tl.sum(y[:, :, None], axis=2)
         products = tl.dot(x, tl.trans(y), out_dtype=tl.float64)
     elif DTYPE.primitive_bitwidth == 32:
         x_high = _high(x)
@@ -280,12 +286,12 @@ def _tile_add(
     """Add a chunk to the ``state``: the sums of the tile, and the largest of its entries, unless ``WIDE``."""
     root = _root(segment, offsets, numel, TAIL, METRIC_DTYPE, ALIGNED)
     x = _read(x_addresses, offsets, numel, TAIL, DTYPE, ALIGNED)
-    x = x.to(tl.float64) * root if WIDE else x.to(tl.float32)
+    x = _widen(x) * root if WIDE else x.to(tl.float32)
     if SAME:
         y = x
     else:
         y = _read(y_addresses, offsets, numel, TAIL, DTYPE, ALIGNED)
-        y = y.to(tl.float64) * root if WIDE else y.to(tl.float32)
+        y = _widen(y) * root if WIDE else y.to(tl.float32)
     new = (state[0] + _multiply(x, y, DTYPE, WIDE),)
     if not WIDE:
         new += (tl.maximum(state[1], tl.abs(x)),)
