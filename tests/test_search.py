@@ -1,0 +1,154 @@
+"""Searches of weights on a real Ray with two CPUs."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from gradstats.scalarizer import Scalarizer
+
+TASKS = ("good", "useless")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.trunk(x).squeeze(1)
+
+
+def make_trainer(weights, *, killed=None, epochs=3, **options):
+    """The useless task pulls away from the good one, so the less it weighs the better."""
+    from gradstats.train import Trainer
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    loader = DataLoader(TensorDataset(x, x.sum(1)), 16)
+
+    def compute_losses(model, batch):
+        x, y = batch
+        if killed is not None and model.training and trainer.progress.epoch == 1 and not Path(killed).exists():
+            Path(killed).write_text(json.dumps(weights), encoding="utf-8")
+            os.kill(os.getpid(), signal.SIGKILL)
+        out = model(x)
+        return {"good": (out - y).square().mean(), "useless": (out + y).square().mean()}
+
+    model = Net()
+    trainer = Trainer(
+        model,
+        compute_losses,
+        torch.optim.SGD(model.parameters(), 0.1),
+        Scalarizer("fixed", tasks=TASKS, weights=weights),
+        max_epochs=epochs,
+        log_every=1,
+        accelerator="cpu",
+        **options,
+    )
+    return trainer, loader, loader
+
+
+@pytest.fixture(scope="module")
+def search():
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("lightning")
+    import gradstats.search
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # which Ray's processes cannot import
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield gradstats.search
+    ray.shutdown()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # files that Ray leaves to the garbage collector to close
+        gc.collect()
+
+
+def test_weights_are_drawn_and_rescaled():
+    searches = pytest.importorskip("gradstats.search.searches", exc_type=ImportError)
+    first, second = searches._drawn(TASKS, 2, seed=0)
+    assert first != second
+    assert sum(first.values()) == pytest.approx(2)
+    assert searches._rescaled({"weights": {"good": 3.0, "useless": 0.5}})["weights"] == pytest.approx(
+        {"good": 12 / 7, "useless": 2 / 7}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("population_based_training", {"population": 1}, "population: expected an integer of at least 2, got 1"),
+        ("population_based_training", {"interval": 0}, "interval: expected a positive integer, got 0"),
+        ("population_based_training", {"tasks": ["a"]}, r"tasks: expected at least two different names, got \['a'\]"),
+        ("random_search", {"samples": 0}, "samples: expected a positive integer, got 0"),
+        ("random_search", {"mode": "best"}, "mode: expected 'min' or 'max', got 'best'"),
+        ("grid_search", {"divisions": 1}, "divisions: expected an integer of at least 2, the number of tasks, got 1"),
+    ],
+)
+def test_bad_arguments(name, arguments, message, tmp_path):
+    gradstats_search = pytest.importorskip("gradstats.search", exc_type=ImportError)
+    common = {"make_trainer": None, "tasks": TASKS, "directory": tmp_path, "metric": "val/loss/good", "mode": "min"}
+    with pytest.raises(ValueError, match=message):
+        getattr(gradstats_search, name)(**common | arguments)
+
+
+def test_the_extra_is_named():
+    code = "import sys; sys.modules['ray'] = None; import gradstats.search"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert 'gradstats.search needs Ray Tune; install it with: pip install "gradstats[search]"' in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # each of Ray's processes imports Lightning
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_population_with_a_trial_killed_in_the_middle(search, tmp_path):
+    marker = tmp_path / "killed"
+
+    def make(weights, **options):
+        return make_trainer(weights, killed=marker, **options)
+
+    arguments = {"directory": tmp_path / "pbt", "metric": "val/loss/good", "mode": "min", "progress": False}
+    found = search.population_based_training(make, TASKS, population=2, **arguments)
+    assert marker.exists()
+    assert [epochs for _, epochs, _ in found.trials] == [3] * 2, "the killed trial went on to its end"
+    assert found.value == min(value for value, _, _ in found.trials) == found.trials[0][0]
+    assert found.weights["good"] > found.weights["useless"]
+    assert [sum(weights.values()) for _, _, weights in found.trials] == [pytest.approx(2)] * 2
+    assert [epoch for epoch, _ in found.schedule] == [1, 2, 3]
+    assert found.schedule[-1][1] == pytest.approx(found.weights)
+    assert found.history.series("weight/good")[1] == [pytest.approx(found.weights["good"])] * 12, "fixed in retraining"
+    assert len(str(found).splitlines()) == 2 + 2
+
+    # A finished search is not repeated; another one does not go on in its folder.
+    again = search.population_based_training(make, TASKS, population=2, **arguments)
+    assert again.weights == pytest.approx(found.weights)  # Ray's own files round
+    assert (again.value, len(again.schedule), len(again.trials)) == (found.value, 3, 2)
+    with pytest.raises(ValueError, match="holds a search that differs in first weights"):
+        search.population_based_training(make, TASKS, population=3, **arguments)
+
+    grid = search.grid_search(
+        make_trainer,
+        TASKS,
+        divisions=3,
+        directory=tmp_path / "grid",
+        metric="val/loss/good",
+        mode="min",
+        progress=False,
+    )
+    (_, _, first), (_, _, second) = grid.trials
+    assert first == pytest.approx({"good": 4 / 3, "useless": 2 / 3})
+    assert second == pytest.approx({"good": 2 / 3, "useless": 4 / 3})
+    assert grid.weights == first
+    assert grid.history.series("weight/good")[1] == [pytest.approx(4 / 3)] * 12
