@@ -1,9 +1,10 @@
 """Time ``gradstats.pairwise`` on the CPU against what people write by hand and against the memory itself.
 
 Each case is one list of gradients. Its methods run in interleaved rounds, so that a busy moment hits all of them, and
-medians are compared. ``read limit`` reads the same tensors once with the same number of threads and does nothing else
-(benchmarks/read_loop.cpp, compiled here with c++); a method at 100 % of it takes no time beyond reading its input.
-``read loop, no prefetch`` is the same loop without asking for memory ahead, the usual measure of read bandwidth.
+medians are compared. ``read limit`` reads the same tensors once with the same number of threads and does nothing else;
+a method at 100 % of it takes no time beyond reading its input. ``read loop, no prefetch`` is the same without asking
+for memory ahead, the usual measure of read bandwidth. ``multiply-add limit`` does as many float32 multiply-adds as
+there are products of entries, in registers; from some T on this is the larger limit.
 ``mm, ready-made`` starts from a matrix that already holds all gradients, which nobody has; the others start from the
 list. ``error`` is the largest ``|G_ij - exact_ij| / (n_i n_j)`` with the exact sums in float64.
 
@@ -13,14 +14,11 @@ list. ``error`` is the largest ``|G_ij - exact_ij| / (n_i n_j)`` with the exact 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
 import json
 import os
 import platform
 import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +28,7 @@ import torch
 from torch import Tensor
 
 import gradstats
-from gradstats.ops import reference
+from gradstats.ops import limits, reference
 from gradstats.report import write_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -43,28 +41,7 @@ def parameter_sizes(entries: int, count: int) -> list[int]:
     return [int(n) + 1 for n in (shares / shares.sum() * entries).tolist()]
 
 
-#: Prepares reading every tensor of a list with a number of threads, asking for memory some bytes ahead.
-ReadLoop = Callable[[list[Tensor], int, int], Callable[[], None]]
 AHEAD = 4096  # bytes; 2 to 8 KiB read faster than 1 or 16 KiB where this was written
-
-
-def build_read_loop(folder: str) -> ReadLoop:
-    """Compile the read loop and wrap it."""
-    target = os.path.join(folder, "read_loop.so")
-    source = str(Path(__file__).with_name("read_loop.cpp"))
-    subprocess.run(["c++", "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-o", target, source], check=True)
-    library = ctypes.CDLL(target)
-
-    def prepare(tensors: list[Tensor], threads: int, ahead: int) -> Callable[[], None]:
-        pointers = (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
-        sizes = (ctypes.c_size_t * len(tensors))(*(x.numel() * x.element_size() for x in tensors))
-
-        def read() -> None:
-            library.read_all(pointers, sizes, ctypes.c_size_t(len(tensors)), threads, ctypes.c_size_t(ahead))
-
-        return read
-
-    return prepare
 
 
 def stack_cat(rows: list[list[Tensor]]) -> Tensor:
@@ -90,9 +67,7 @@ def worst_error(gram: Tensor, exact: Tensor) -> float:
     return float(((gram.double() - exact) / norms[:, None] / norms[None, :]).abs().max())
 
 
-def run_case(
-    prepare_read: ReadLoop, dtype: str, num_tasks: int, sizes: list[int], threads: int, rounds: int
-) -> list[dict[str, Any]]:
+def run_case(dtype: str, num_tasks: int, sizes: list[int], threads: int, rounds: int) -> list[dict[str, Any]]:
     """Time all methods on one list of gradients; one record per method."""
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
@@ -100,26 +75,32 @@ def run_case(
     tensors = [g for row in rows for g in row]
     ready = torch.stack([torch.cat(row) for row in rows])
     exact = reference.gram(tensors, num_tasks, [], False)
-    methods: dict[str, Callable[[], Tensor | None]] = {
-        "read limit": prepare_read(tensors, threads, AHEAD),
-        "read loop, no prefetch": prepare_read(tensors, threads, 0),
+    products = num_tasks * (num_tasks + 1) // 2 * sum(sizes)
+    bounds: dict[str, Callable[[], Tensor]] = {
+        "read limit": lambda: limits.read(tensors, ahead=AHEAD),
+        "read loop, no prefetch": lambda: limits.read(tensors),
+        "multiply-add limit": lambda: limits.multiply_add(torch.empty(()), products),
+    }
+    methods: dict[str, Callable[[], Tensor]] = {
         "gradstats.pairwise": lambda: gradstats.pairwise(rows).gram,
         "stack(cat) @ .T": lambda: stack_cat(rows),
         "mm, ready-made": lambda: torch.mm(ready, ready.T),
         "stack + mm by parameter": lambda: by_parameter(rows),
     }
-    errors = {}
-    for name, method in methods.items():  # warms up too
-        gram = method()
-        errors[name] = None if gram is None else worst_error(gram, exact)
-    times: dict[str, list[float]] = {name: [] for name in methods}
+    errors = {name: worst_error(method(), exact) for name, method in methods.items()}  # warms up too
+    counted = {name: bound() for name, bound in bounds.items()}
+    times: dict[str, list[float]] = {name: [] for name in (*bounds, *methods)}
     for _ in range(rounds):
-        for name, method in methods.items():
+        for name, method in (*bounds.items(), *methods.items()):
             start = time.perf_counter()
             method()
             times[name].append(time.perf_counter() - start)
+    # Multiply-adds are done in large pieces: at least so many.
+    share = products / float(counted["multiply-add limit"])
+    times["multiply-add limit"] = [seconds * share for seconds in times["multiply-add limit"]]
     size = sum(x.numel() * x.element_size() for x in tensors)
-    limit = statistics.median(times["read limit"])
+    read = statistics.median(times["read limit"])
+    multiply_add = statistics.median(times["multiply-add limit"])
     return [
         {
             "method": name,
@@ -131,8 +112,9 @@ def run_case(
             "milliseconds": statistics.median(seconds) * 1e3,
             "best_milliseconds": min(seconds) * 1e3,
             "gigabytes_per_second": size / statistics.median(seconds) / 1e9,
-            "percent_of_read_limit": 100 * limit / statistics.median(seconds),
-            "error": errors[name],
+            "percent_of_read_limit": 100 * read / statistics.median(seconds),
+            "percent_of_multiply_add_limit": 100 * multiply_add / statistics.median(seconds),
+            "error": errors.get(name),
             "rounds": rounds,
         }
         for name, seconds in times.items()
@@ -165,9 +147,10 @@ def print_case(records: list[dict[str, Any]]) -> None:
     print("\n" + title.format(**first))
     for r in records:
         error = "" if r["error"] is None else f"{r['error']:.1e}"
+        shares = (r["percent_of_read_limit"], r["percent_of_multiply_add_limit"])
         print(
             f"  {r['method']:24} {r['milliseconds']:10.3f} ms {r['gigabytes_per_second']:7.1f} GB/s "
-            f"{r['percent_of_read_limit']:6.0f} % {error:>9}",
+            f"{shares[0]:6.0f} % of reading {shares[1]:6.0f} % of multiplying {error:>9}",
             flush=True,
         )
 
@@ -176,7 +159,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="write the records as JSON to this file")
-    parser.add_argument("--tasks", type=int, nargs="+", default=[2, 4, 8, 16, 32])
+    parser.add_argument("--tasks", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--entries", type=int, nargs="+", default=[20_000_000, 10_000])
@@ -187,18 +170,16 @@ def main() -> None:
     machine = describe_machine()
     print(json.dumps(machine, indent=2))
     records = []
-    with tempfile.TemporaryDirectory() as folder:
-        prepare_read = build_read_loop(folder)
-        for threads in arguments.threads:
-            for wanted in arguments.entries:
-                for dtype in arguments.dtypes:
-                    for num_tasks in arguments.tasks:
-                        entries = min(wanted, arguments.max_reads // num_tasks)
-                        sizes = parameter_sizes(entries, NUM_PARAMETERS)
-                        rounds = arguments.rounds if entries > 100_000 else 20 * arguments.rounds
-                        case = run_case(prepare_read, dtype, num_tasks, sizes, threads, rounds)
-                        print_case(case)
-                        records += case
+    for threads in arguments.threads:
+        for wanted in arguments.entries:
+            for dtype in arguments.dtypes:
+                for num_tasks in arguments.tasks:
+                    entries = min(wanted, arguments.max_reads // num_tasks)
+                    sizes = parameter_sizes(entries, NUM_PARAMETERS)
+                    rounds = arguments.rounds if entries > 100_000 else 20 * arguments.rounds
+                    case = run_case(dtype, num_tasks, sizes, threads, rounds)
+                    print_case(case)
+                    records += case
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write_file(arguments.out, json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
