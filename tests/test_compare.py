@@ -258,7 +258,8 @@ def test_comparison_end_to_end(file, tmp_path):
     assert results.intervals()["uniform"][DROP].mean == pytest.approx(statistics.fmean(drops))
     lines = (out / "results.md").read_text(encoding="utf-8").splitlines()
     assert {line.split("|")[1].strip() for line in lines[2:5]} == {SINGLE, *results.methods}
-    assert "regressions.py` with epochs=2, " in lines[-1]
+    assert lines[-1].split()[-1].startswith("slow=0.3")
+    assert f"--seeds 2 --weightings uniform '{method}' --set epochs=2" in lines[-1]
     assert all((out / name).stat().st_size > 10_000 for name in ("results.png", "weights.png"))
 
     # What is there stays; what is missing is trained again, to the same result.

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import shlex
 import statistics
 from dataclasses import dataclass
 from functools import cached_property
@@ -224,8 +225,11 @@ class Results:
         """What the numbers come from."""
         first = self.trained[0].content
         versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-        settings = ", ".join(f"{name}={value}" for name, value in first["identity"]["settings"].items())
-        return f"Experiment `{first['identity']['experiment']}` with {settings}. On {first['device']} with {versions}."
+        seeds = len({one.run.seed for one in self.trained})
+        command = ["gradstats", "compare", first["identity"]["experiment"], "--seeds", str(seeds)]
+        command += ["--weightings", *self.methods]
+        command += ["--set", *(f"{name}={value}" for name, value in first["identity"]["settings"].items())]
+        return f"Made on {first['device']} with {versions} by\n\n    {shlex.join(command)}"
 
     def write(self, folder: Path) -> None:
         """``results.csv``, ``results.md`` and the pictures into ``folder``, each file atomically."""
