@@ -124,6 +124,15 @@ def test_nonnegative_qp_takes_a_wrong_guess_and_many_dependent_gradients():
         assert guess.min() == guess.max()  # not changed
 
 
+def test_indefinite_estimates_are_replaced_by_the_nearest_semidefinite_matrix():
+    estimate = DEGENERATE["indefinite"].numpy().astype(float)
+    values, vectors = np.linalg.eigh(estimate)
+    assert values[0] < -0.1
+    np.testing.assert_allclose(positive_definite(estimate), vectors * values.clip(0) @ vectors.T, atol=1e-11)
+    weights = create("mgda", 3).from_gram(DEGENERATE["indefinite"])
+    assert sorted(weights.tolist()) == pytest.approx([0, 0.5, 0.5])  # the two that conflict
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_tasks", [2, 5, 17, 40])
 def test_mgda_is_the_shortest_convex_combination(kind, num_tasks):
@@ -418,6 +427,16 @@ def test_orders_are_random_and_follow_from_seed_and_step():
         create("pcgrad", 5, seed=-1)
     with pytest.raises(ValueError, match="beta: expected a number in \\[0, 1\\], got 2"):
         create("gradvac", 5, beta=2)
+
+
+def test_gradvac_leaves_the_targets_of_absent_tasks():
+    weighting, alone = create("gradvac", 3), create("gradvac", 2)
+    gram = gram_of("conflicting", 3)
+    gram[0] = gram[:, 0] = 0.0
+    weighting(vector(1, 1, 1), stats_of(gram, [False, True, True]))
+    alone.from_gram(gram[1:, 1:])
+    assert alone.targets.abs().max() > 0.01
+    torch.testing.assert_close(weighting.targets, nn.functional.pad(alone.targets, (1, 0, 1, 0)))
 
 
 def test_gradvac_with_a_target_near_one_stays_bounded():
