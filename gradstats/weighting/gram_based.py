@@ -297,7 +297,7 @@ class MGDA(DirectionWeighting):
         uses="G (L)",
         cost="O(T³), active set",
         sign="≥ 0",
-        tested="KKT; scipy; TorchJD",
+        tested="KKT; SciPy; TorchJD",
     )
 
     def __init__(self, num_tasks: int, *, normalize: Normalize = "none") -> None:
@@ -374,7 +374,7 @@ class UPGrad(_AroundTheMean):
         uses="G",
         cost="O(T⁴), active sets",
         sign="> 0",
-        tested="KKT; scipy; TorchJD",
+        tested="KKT; SciPy; TorchJD",
     )
 
     def _solve(self, gradients: Gradients) -> Array:
@@ -401,7 +401,7 @@ class DualProj(_AroundTheMean):
         uses="G",
         cost="O(T³), active set",
         sign="> 0",
-        tested="KKT; scipy; TorchJD",
+        tested="KKT; SciPy; TorchJD",
     )
 
     def _solve(self, gradients: Gradients) -> Array:
@@ -432,7 +432,7 @@ class CAGrad(_AroundTheMean):
         uses="G",
         cost="O(T³), active sets",
         sign="> 0",
-        tested="duality; scipy; TorchJD",
+        tested="duality; SciPy; TorchJD",
     )
 
     def __init__(self, num_tasks: int, *, c: float = 0.5) -> None:
@@ -472,7 +472,7 @@ class FairGrad(DirectionWeighting):
         uses="G",
         cost="O(T³), Newton",
         sign="> 0",
-        tested="its equation; scipy; TorchJD",
+        tested="its equation; SciPy; TorchJD",
     )
 
     def __init__(self, num_tasks: int, *, alpha: float = 2.0) -> None:
@@ -505,7 +505,7 @@ class NashMTL(DirectionWeighting):
         uses="G",
         cost="O(T³), Newton",
         sign="> 0",
-        tested="its equation; scipy; TorchJD",
+        tested="its equation; SciPy; TorchJD",
     )
 
     def _solve(self, gradients: Gradients) -> Array:
