@@ -374,6 +374,9 @@ class TestCode:
         assert ("DFMA" in code.sass) == (dtype == torch.float64), "float32 is multiplied in float32"
         assert not code.spills
 
+    def test_tiles_off_the_diagonal_fit_in_registers(self) -> None:
+        assert not Compiled(70, kind(torch.float32), 80, SAME=False).spills
+
     def test_eight_tasks_fit_in_registers(self) -> None:
         assert not Compiled(8, kind(torch.float32), 90).spills
 
@@ -384,7 +387,7 @@ class TestCode:
         ("arch", "num_tasks", "dtype", "instruction"),
         [
             (80, 16, torch.float32, r"mma\.sync\S*\.m16n8k8\S*\.tf32\.tf32"),
-            (80, 64, torch.bfloat16, r"mma\.sync\S*\.m16n8k8\S*\.tf32\.tf32"),
+            (80, 64, torch.float32, r"mma\.sync\S*\.m16n8k8\S*\.tf32\.tf32"),
             (90, 32, torch.float32, r"mma\.sync\S*\.m16n8k8\S*\.tf32\.tf32"),
             (90, 64, torch.float32, r"wgmma\S*\.m64n32k8\S*\.tf32\.tf32"),
             (90, 16, torch.float64, r"mma\.sync\S*\.f64\.f64"),

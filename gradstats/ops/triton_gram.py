@@ -29,7 +29,9 @@ _MAX_REGISTER_ROWS = 8  # up to so many tasks, the sums of all pairs fit in regi
 _LANES = 128  # threads of the register kernel
 _VECTOR_BYTES = 16  # what each of them reads of a row at a time
 _MAX_TILE = 64  # tasks on each side of a tile of pairs
-_TILE_CHUNK = 32  # entries that the tile kernel multiplies before float64: tensor cores truncate as they add up
+_TILE_BYTES = (
+    64  # what the tile kernel reads of a row at a time: short sums, as tensor cores cut bits off when they add
+)
 
 # Slots are ranges of chunks that are summed apart. Their number depends on sizes alone, never on the device.
 _MIN_SLOTS, _MAX_SLOTS = 16, 2048
@@ -84,7 +86,7 @@ class Tiling(NamedTuple):
 
     def chunk(self, dtype: torch.dtype) -> int:
         """Entries of a row that are read at a time."""
-        return _TILE_CHUNK if self.tile else _LANES * _VECTOR_BYTES // dtype.itemsize
+        return (_TILE_BYTES if self.tile else _LANES * _VECTOR_BYTES) // dtype.itemsize
 
     def num_slots(self, chunks: int) -> int:
         """Slots for a number of chunks."""
@@ -250,7 +252,7 @@ def _launch(kind: Kind, table: Tensor, sums: Tensor, tiling: Tiling) -> None:
     if not tiling.tile:
         run(triton_kernels.register_kernel, 1, _LANES // 32, LANES=_LANES, VECTOR=_VECTOR_BYTES // kind.dtype.itemsize)
         return
-    tiles = tiling.rows // tiling.tile
+    tiles, chunk = tiling.rows // tiling.tile, tiling.chunk(kind.dtype)
     for same, programs in ((True, tiles), (False, tiles * (tiles - 1))):
         if programs:
-            run(triton_kernels.tile_kernel, programs, tiling.tile // 8, SAME=same, TILE=tiling.tile, CHUNK=_TILE_CHUNK)
+            run(triton_kernels.tile_kernel, programs, tiling.tile // 8, SAME=same, TILE=tiling.tile, CHUNK=chunk)

@@ -258,11 +258,12 @@ def _multiply(x, y, DTYPE: tl.constexpr, WIDE: tl.constexpr):
         x_high = _high(x)
         y_high = _high(y)
         x_low = x - x_high
-        y_low = tl.trans(y - y_high)
-        rest = tl.dot(x_low, y_low, input_precision="tf32")
-        rest = tl.dot(x_high, 2.0 * y_low, rest, input_precision="tf32")
+        minus_y_low = tl.trans(y_high - y)
+        # A dot that is added would start with what it is added to, and cut off more; so this one is subtracted.
+        rest = tl.dot(x_low, minus_y_low, input_precision="tf32")
+        rest = tl.dot(x_high, 2.0 * minus_y_low, rest, input_precision="tf32")
         high = tl.dot(x_high, tl.trans(y_high), input_precision="tf32")
-        products = high.to(tl.float64) + rest.to(tl.float64)
+        products = (high - rest).to(tl.float64)
     else:
         products = tl.dot(x, tl.trans(y), input_precision="tf32").to(tl.float64)
     return products
