@@ -25,8 +25,8 @@ struct Table {
   bool add;                            // to what earlier launches have written
 };
 
-// Every launch copies all of its parameters: so a small table for small problems, and one as large as CUDA takes (32,764
-// bytes from 12.1 on, 4,096 before) for long lists.
+// Every launch copies all of its parameters: so a small table for small problems, and one as large as CUDA takes
+// (32,764 bytes from 12.1 on, 4,096 before) for long lists.
 using SmallTable = Table<352, 48>;
 using LargeTable = Table<3000, 640>;
 static_assert(sizeof(SmallTable) + sizeof(double*) <= 4096 && sizeof(LargeTable) + sizeof(double*) <= 32764);
