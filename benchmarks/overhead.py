@@ -6,7 +6,7 @@ all steps (one thread): forward pass, collection, backward and optimizer. The wh
 ratio and the range.
 
 * Statistics: 8 tasks on the MLP and the Transformer of ``cases.py``; exact Gramians every 100 steps, sketched ones
-  every 50. The steps between are compared apart.
+  of 8 directions (norms to a quarter each, so to be averaged) every 50. The steps between are compared apart.
 * AutoScale: the demo's network (``examples/digits.py``) with 2 and 3 tasks, and a small autoencoder of the same images
   with 40 tasks, each to draw one pixel; as many steps as the demo takes.
 
@@ -243,7 +243,11 @@ STATISTICS = [
     Variant("a Scalarizer that records nothing", None, monitor),
     Variant("exact statistics every 100 steps", 1.05, partial(monitor, record_every=100)),
     Variant("the same, fused", 1.05, partial(monitor, record_every=100), fused=True),
-    Variant("sketched statistics every 50 steps", 1.05, partial(monitor, record_every=50, method="sketch")),
+    Variant(
+        "sketches of 8 directions every 50 steps",
+        1.05,
+        partial(monitor, record_every=50, method="sketch", num_directions=8),
+    ),
 ]
 
 

@@ -1,0 +1,1 @@
+"""What gradstats costs, measured beside other ways. Every script says in its first lines what and how."""
