@@ -86,7 +86,9 @@ class Tiling(NamedTuple):
 
     def chunk(self, dtype: torch.dtype) -> int:
         """Entries of a row that are read at a time."""
-        return (_TILE_BYTES if self.tile else _LANES * _VECTOR_BYTES) // dtype.itemsize
+        if not self.tile:
+            return _LANES * _VECTOR_BYTES // dtype.itemsize
+        return max(_TILE_BYTES // dtype.itemsize, 16)  # no fewer, for tl.dot of Triton 3.6
 
     def num_slots(self, chunks: int) -> int:
         """Slots for a number of chunks."""
