@@ -350,9 +350,8 @@ struct Slot {
   const Problem& problem;
   int64_t num_tasks = problem.num_tasks;
   Layout layout{num_tasks};
-  // Distance of two rows of the block, in bytes: they are kept over a chunk where several groups need them.
-  int64_t stride = (layout.has_groups() ? kSteps : 1) * kStep * kVectorBytes + 64;
-  Buffer block = allocate(num_tasks * stride);
+  int64_t kept_steps = layout.has_groups() ? kSteps : 1;  // rows are kept over a chunk where several groups need them
+  Buffer block = allocate(num_tasks * (kept_steps * kStep * kVectorBytes + 64));
   Buffer gathered = allocate((num_tasks + 1) * kGatheredStride * sizeof(double));  // then the roots of the metric
   Buffer partial = allocate(layout.own_tiles() * sizeof(Tile<float>));  // enough for those of any two groups, too
   Buffer sums = allocate(layout.tiles() * sizeof(Tile<double>));
@@ -381,11 +380,10 @@ struct Slot {
   template <class In, class Acc>
   bool add_products(const void* const* rows, int64_t from, int64_t count) {
     constexpr bool kFolds = std::is_same_v<Acc, float>;
-    const int64_t row = stride / sizeof(Acc);
+    const int64_t step = step_entries<In, Acc>(num_tasks), row = kept_steps * step + kLine<Acc>;
     Acc* const kept = reinterpret_cast<Acc*>(block.get());
     Tile<Acc>* const tiles = reinterpret_cast<Tile<Acc>*>(kFolds ? partial.get() : sums.get());
     const auto for_each_step = [&](const auto& function) {
-      const int64_t step = step_entries<In, Acc>(num_tasks);
       for (int64_t k = 0; k < count; k += step) function(k, std::min(count - k, step));
     };
 
