@@ -226,7 +226,9 @@ class Results:
         first = self.trained[0].content
         versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
         seeds = len({one.run.seed for one in self.trained})
-        command = ["gradstats", "compare", first["identity"]["experiment"], "--seeds", str(seeds)]
+        data = [] if self.trained[0].run.source.data is None else ["--data", "FOLDER"]
+        command = ["gradstats", "compare", first["identity"]["experiment"], *data, "--out", "FOLDER"]
+        command += ["--seeds", str(seeds)]
         command += ["--weightings", *self.methods]
         command += ["--set", *(f"{name}={value}" for name, value in first["identity"]["settings"].items())]
         return f"Made on {first['device']} with {versions} by\n\n    {shlex.join(command)}"
