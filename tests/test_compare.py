@@ -93,19 +93,26 @@ def file(tmp_path):
 
 
 def test_weightings_are_read_with_their_options():
-    assert make_weighting("slaw", 3, 100).num_tasks == 3
-    autoscale = make_weighting("autoscale(cost=condition, explore=0.5)", 2, 100)
+    assert make_weighting("slaw", 3, total_steps=100).num_tasks == 3
+    autoscale = make_weighting("autoscale(cost=condition, explore=0.5)", 2, total_steps=100, seed=3)
     assert isinstance(autoscale, AutoScale)
     assert autoscale.cost == "condition"
-    fixed = make_weighting("fixed(weights=[1, 2.5])", 2, 100)
+    fixed = make_weighting("fixed(weights=[1, 2.5])", 2, total_steps=100)
     assert isinstance(fixed, Fixed)
     assert fixed.weights.tolist() == [1.0, 2.5]
+
+
+def test_weightings_are_told_what_the_training_is():
+    context = {"total_steps": 100, "seed": 3, "window": 7}
+    assert make_weighting("pcgrad", 2, **context).seed == 3
+    assert make_weighting("dwa", 2, **context).window == 7
+    assert make_weighting("dwa(window=20)", 2, **context).window == 20
 
 
 @pytest.mark.parametrize("text", ["", "slaw(", "slaw(2)", "slaw.x", "slaw; uw", "autoscale(cost=f(1))"])
 def test_weightings_that_cannot_be_read(text):
     with pytest.raises(ValueError, match="weighting: expected a name"):
-        make_weighting(text, 2, 100)
+        make_weighting(text, 2, total_steps=100)
 
 
 def test_all_weightings_but_those_that_need_options():

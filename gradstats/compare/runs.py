@@ -79,11 +79,16 @@ class Run:
         return json.loads(json.dumps(identity))  # type: ignore[no-any-return]
 
 
-def make_weighting(text: str, num_tasks: int, total_steps: int) -> Weighting:
+def make_weighting(text: str, num_tasks: int, **context: int) -> Weighting:
     """The weighting that ``text`` describes: a name, with options in brackets where needed.
 
-    For example ``slaw``, ``autoscale(cost=condition)`` or ``fixed(weights=[1,2.5])``; ``total_steps`` is added where
-    the weighting has such an option.
+    For example ``slaw``, ``autoscale(cost=condition)`` or ``fixed(weights=[1,2.5])``.
+
+    Args:
+        text: The description.
+        num_tasks: Number of tasks ``T``.
+        context: What the training is, by the options that ask for it (``total_steps``; ``seed``; ``window``, the steps
+            of an epoch). Those that the weighting has, and ``text`` does not give, are added.
 
     Raises:
         ValueError: If the text cannot be read, or names no weighting.
@@ -98,9 +103,8 @@ def make_weighting(text: str, num_tasks: int, total_steps: int) -> Weighting:
         }
     except (SyntaxError, ValueError, AssertionError) as error:
         raise ValueError(f"weighting: expected a name or name(option=value, ...), got {text!r}") from error
-    if name.id in available() and "total_steps" in options(name.id):
-        given.setdefault("total_steps", total_steps)
-    return create(name.id, num_tasks, **given)
+    known = options(name.id) if name.id in available() else ()
+    return create(name.id, num_tasks, **{k: v for k, v in context.items() if k in known} | given)
 
 
 def without_required_options() -> list[str]:
@@ -135,7 +139,7 @@ def train(run: Run) -> dict[str, Any]:
     loader = experiment.train_loader()
     steps = experiment.epochs * len(loader)
     optimizer, scheduler = experiment.make_optimizer(model, steps)
-    weighting = make_weighting(run.weighting, len(run.tasks), steps)
+    weighting = make_weighting(run.weighting, len(run.tasks), total_steps=steps, seed=run.seed, window=len(loader))
     clock = _StepClock()
 
     def compute_losses(model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
