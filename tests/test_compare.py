@@ -119,7 +119,7 @@ def test_all_weightings_but_those_that_need_options():
     names = without_required_options()
     assert set(available()) - set(names) == {"fixed"}
     for name in names:
-        make_weighting(name, 3, 100)
+        make_weighting(name, 3, total_steps=100)
 
 
 def test_score_is_better_where_metrics_are():
