@@ -38,6 +38,10 @@ class AutoScale(Weighting):
     losses; at its end the weights that minimise ``cost`` over those samples follow. Phase 2 trains the remaining steps
     with the one weight vector that ``predictor`` makes of the windows' weights, and records nothing.
 
+    With ``explore_with`` another weighting's weights are in force during phase 1 instead, as in the paper's earlier
+    version; windows are recorded and solved as before. A weighting that needs a Gramian at every step then makes every
+    step of phase 1 a recorded one.
+
     The paper publishes the phases, the metrics, ``explore = 0.2``, the constraint ``sum(w) = T`` and that linear
     extrapolation predicts best. The forms of the costs and their solutions, the windows, the first weights, the
     predictors' details and ``normalize`` are our choice:
@@ -49,10 +53,10 @@ class AutoScale(Weighting):
     * ``predictor`` works on the logarithms of the windows' weights, at the end of phase 1: ``"last"`` window,
       ``"mean"``, ``"ema"`` (window ``i`` of ``n`` counts ``0.9^(n-i)``), ``"linear"`` least squares, and
       ``"exponential"``, least squares of ``a + b exp(-x/τ)`` with ``τ`` shared between tasks.
-    * ``normalize="gradient"`` scales every new vector so that the norm of the aggregated gradient ``sqrt(wᵀ G w)``
-      over the window just recorded does not change. Adam's second moments remember old gradient scales for thousands
-      of steps, so with badly scaled tasks a jump ruins the training that the weights should help. ``"sum"`` is
-      ``sum(w) = T``.
+    * ``normalize="gradient"`` scales every new vector so that the mean square of the aggregated gradient, ``wᵀ G w``
+      over the samples of the window just recorded, does not change. Adam's second moments remember old gradient scales
+      for thousands of steps, so with badly scaled tasks a jump ruins the training that the weights should help.
+      ``"sum"`` is ``sum(w) = T``.
 
     Gramians that are estimates (``stats.standard_error`` is not None, as with ``method="sketch"`` and
     ``unbiased=True``) are averaged over the window before anything is derived from them, so that ``"magnitude"`` takes
@@ -73,9 +77,15 @@ class AutoScale(Weighting):
         samples_per_window: Recorded steps in a window, at most its length. None: 10, or fewer in short runs, so that
             no more than 3 % of all steps are recorded; at least one.
         normalize: How weight vectors are scaled.
+        explore_with: Name of another weighting, or one with its options (see :func:`gradstats.weighting.create`), whose
+            weights are in force during phase 1. None: those of the last window.
+
+    Attributes:
+        explorer: The other weighting; None without one.
 
     Raises:
         ValueError: If an option is out of its range.
+        TypeError: If ``explore_with`` is neither a name nor a weighting, or one with options that it must be given.
     """
 
     FACTS = Facts(
@@ -93,10 +103,12 @@ class AutoScale(Weighting):
         "_num_found",
         "_window_weights",
         "_window_gram",
+        "_window_square",
         "_num_samples",
         "_num_estimates",
         "_grams",
         "_losses",
+        "_squares",
     )
 
     def __init__(
@@ -110,6 +122,7 @@ class AutoScale(Weighting):
         windows: int = 10,
         samples_per_window: int | None = None,
         normalize: Normalize = "gradient",
+        explore_with: str | Weighting | None = None,
     ) -> None:
         super().__init__(num_tasks)
         counts = {"total_steps": total_steps, "windows": windows, "samples_per_window": samples_per_window}
@@ -134,16 +147,21 @@ class AutoScale(Weighting):
             affordable = int(_RECORDED_SHARE * total_steps) // self.windows
             samples_per_window = min(_MOST_SAMPLES, max(1, affordable))
         self.samples_per_window = samples_per_window
+        self.explorer = _explorer(explore_with, num_tasks)
+        if self.explorer is not None:
+            self.weights = self.explorer.weights
         self.step = 0
         # Everything recorded is on the CPU, where the small problems are solved, and has its full size from the start.
         zeros = functools.partial(torch.zeros, dtype=torch.float64, device="cpu")
         self._num_found = 0
         self._window_weights = zeros(self.windows, num_tasks)
-        self._window_gram = zeros(num_tasks, num_tasks)
+        self._window_gram = zeros(num_tasks, num_tasks)  # means over the last window with samples
+        self._window_square = zeros(())
         self._num_samples = 0
         self._num_estimates = 0  # samples whose Gramian is one
         self._grams = zeros(samples_per_window, num_tasks, num_tasks)
         self._losses = zeros(samples_per_window, num_tasks)
+        self._squares = zeros(samples_per_window)  # of the norm of the aggregated gradient
 
     @property
     def window_weights(self) -> Tensor:
@@ -157,16 +175,24 @@ class AutoScale(Weighting):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What is left to record: nothing any more in phase 2."""
+        """What is left to record, and what the explorer needs: nothing any more in phase 2."""
         if not self.exploring:
             return frozenset()
+        return self._records | (frozenset() if self.explorer is None else self.explorer.needs)
+
+    @property
+    def _records(self) -> frozenset[str]:
+        """What the samples of windows consist of."""
         gramian = self.cost != "loss" or self.normalize == "gradient"
         losses = self.cost == "loss"
         return frozenset({"gramian"} if gramian else ()) | frozenset({"losses"} if losses else ())
 
     def wants_stats(self) -> bool:
-        """Whether the step about to be taken is one to record."""
-        return "gramian" in self.needs and self._sample_is_due()
+        """Whether the step about to be taken is one to record, or one whose Gramian the explorer wants."""
+        if not self.exploring:
+            return False
+        sampled = "gramian" in self._records and self._sample_is_due()
+        return sampled or (self.explorer is not None and self.explorer.wants_stats())
 
     def _window(self) -> tuple[int, int]:
         """First step of the window that ``step`` lies in, and its length."""
@@ -182,48 +208,78 @@ class AutoScale(Weighting):
 
     def forward(self, losses: Tensor, stats: GradStats | None = None) -> Tensor:
         """Record the step if it is due and return the weights in force; the last step of a window prepares the next."""
-        weights = self.weights = self.weights.to(losses.device)
+        self.weights = self.weights.to(losses.device)
         if not self.exploring:
-            return weights
-        if self._sample_is_due() and (stats is not None or "gramian" not in self.needs):
-            self._losses[self._num_samples] = losses.detach()
-            if stats is not None:
-                self._grams[self._num_samples] = stats.gram.detach()
-                self._num_estimates += stats.standard_error is not None
-            self._num_samples += 1
+            return self.weights
+        if self.explorer is not None:
+            self.weights = self.explorer(losses, stats if self.explorer.wants_stats() else None)
+        weights = self.weights
+        if self._sample_is_due() and (stats is not None or "gramian" not in self._records):
+            self._record(losses, stats)
         start, length = self._window()
         self.step += 1
         if self.step == start + length:
             self._close_window()
         return weights
 
+    def after_step(self, losses: Tensor) -> None:
+        """Tell the explorer what the step has achieved."""
+        if self.exploring and self.explorer is not None:
+            self.explorer.after_step(losses)
+
+    def _record(self, losses: Tensor, stats: GradStats | None) -> None:
+        self._losses[self._num_samples] = losses.detach()
+        if stats is not None:
+            gram, weights = stats.gram.detach().cpu(), self.weights.cpu()
+            self._grams[self._num_samples] = gram
+            self._squares[self._num_samples] = weights @ gram @ weights
+            self._num_estimates += stats.standard_error is not None
+        self._num_samples += 1
+
     def _close_window(self) -> None:
-        if self._num_samples:
-            grams, losses = self._grams[: self._num_samples], self._losses[: self._num_samples]
+        count = self._num_samples
+        if count:
+            grams = self._grams[:count]
             decisive = mean_of_known(grams)[None] if self._num_estimates else grams
-            self._window_weights[self._num_found] = self._solve(decisive, losses)
-            self._window_gram = grams.mean(0)
+            self._window_weights[self._num_found] = self._solve(decisive, self._losses[:count])
+            self._window_gram, self._window_square = grams.mean(0), self._squares[:count].mean()
             self._num_found += 1
+            if self.explorer is None:
+                self.weights = self._scaled(self.window_weights[-1])
         else:
             logger.warning("AutoScale: no step of the window ending at step %d could be recorded", self.step)
+        if self._num_found and not self.exploring:
+            self.weights = self._scaled(predict(self.window_weights, self.predictor))
         self._num_samples = self._num_estimates = 0
-        if self._num_found:
-            last = self.window_weights[-1]
-            self.weights = self._scaled(last if self.exploring else predict(self.window_weights, self.predictor))
 
     def _solve(self, grams: Tensor, losses: Tensor) -> Tensor:
         """Weights of the window just recorded, float64 ``[T]`` with ``sum(w) = T``."""
         sizes = losses if self.cost == "loss" else grams.diagonal(dim1=1, dim2=2).sqrt()
-        log_weights = balancing_log_weights(sizes, self.weights.cpu())
+        previous = self.window_weights[-1] if self._num_found else torch.ones_like(sizes[0])
+        log_weights = balancing_log_weights(sizes, previous)
         if self.cost == "condition":
             log_weights = least_condition_log_weights(grams, log_weights)
         return _normalized(log_weights)
 
     def _scaled(self, weights: Tensor) -> Tensor:
-        if self.normalize == "sum":
+        """``weights`` on the scale of those that the last window's samples were taken with."""
+        before, after = self._window_square, weights @ self._window_gram @ weights
+        if self.normalize == "sum" or not (before > 0 and after > 0):
             return weights
-        before, after = (w @ self._window_gram @ w for w in (self.weights.cpu(), weights))
-        return weights * (before / after).sqrt() if before > 0 and after > 0 else weights
+        return weights * (before / after).sqrt()
+
+
+def _explorer(explore_with: str | Weighting | None, num_tasks: int) -> Weighting | None:
+    """The weighting that ``explore_with`` names, checked."""
+    if isinstance(explore_with, str):
+        from gradstats.weighting import create  # which knows this module, too
+
+        return create(explore_with, num_tasks)
+    if explore_with is not None and not isinstance(explore_with, Weighting):
+        raise TypeError(f"explore_with: expected a name or a Weighting, got {type(explore_with).__name__}")
+    if explore_with is not None and explore_with.num_tasks != num_tasks:
+        raise ValueError(f"explore_with: expected one for {num_tasks} tasks, got one for {explore_with.num_tasks}")
+    return explore_with
 
 
 def mean_of_known(grams: Tensor) -> Tensor:
@@ -244,7 +300,7 @@ def balancing_log_weights(sizes: Tensor, previous: Tensor) -> Tensor:
     Args:
         sizes: Gradient norms or losses of the samples, float64 ``[S, T]``; entries that are not positive and finite
             do not count.
-        previous: Weights in force, float64 ``[T]``: a task that never counts keeps its share among those that do.
+        previous: Weights found before, float64 ``[T]``: a task that never counts keeps its share among those that do.
 
     Returns:
         Float64 tensor ``[T]``, defined up to a common constant.
