@@ -7,6 +7,8 @@ from torch import Tensor
 from gradstats import GradStats
 from gradstats.weighting import AutoScale, create
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCALES = torch.tensor([1.0, 10.0, 1000.0], dtype=torch.float64)
 
 
@@ -105,6 +107,51 @@ def test_explorers_that_are_none_are_refused():
         AutoScale(3, 100, explore_with="autoscale")
 
 
+# ---- recording ------------------------------------------------------------------------------------------------------
+
+
+def recorded(weighting: AutoScale, steps: int) -> list[int]:
+    """The steps at which a Gramian is wanted."""
+    found = []
+    for step in range(steps):
+        if weighting.wants_stats():
+            found.append(step)
+        drive(weighting, range(step, step + 1))
+    return found
+
+
+def test_a_random_schedule_records_as_many_steps_of_each_window():
+    def steps(seed: int) -> list[int]:
+        return recorded(AutoScale(3, 1000, windows=4, samples_per_window=5, schedule="random", seed=seed), 210)
+
+    assert [step // 50 for step in steps(0)] == [window for window in range(4) for _ in range(5)]
+    assert steps(0) == steps(0) != steps(1)
+    assert len({step % 50 for step in steps(0)}) > 10  # every window has its own
+    every = AutoScale(3, 100, windows=2, samples_per_window=20, schedule="random")
+    assert recorded(every, 30) == list(range(20))
+
+
+def test_a_random_step_that_could_not_be_recorded_is_made_up_for():
+    weighting = AutoScale(3, 1000, windows=1, samples_per_window=3, schedule="random")
+    first, *others = recorded(AutoScale(3, 1000, windows=1, samples_per_window=3, schedule="random"), 200)
+    for step in range(200):
+        losses, stats = step_of(step)
+        assert weighting.wants_stats() == (step in (first, first + 1, *others))
+        weighting(losses, None if step == first else stats)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "often"}, "schedule: expected one of even, random, got 'often'"),
+        ({"schedule": "random", "seed": -1}, "seed: expected a non-negative integer, got -1"),
+    ],
+)
+def test_schedules_that_are_none_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        AutoScale(3, 100, **options)
+
+
 # ---- resuming -------------------------------------------------------------------------------------------------------
 
 OPTIONS = {
@@ -112,6 +159,7 @@ OPTIONS = {
     "condition": {"cost": "condition", "predictor": "exponential"},
     "imtl_g": {"explore_with": "imtl_g"},
     "famo": {"explore_with": "famo", "cost": "loss"},
+    "random": {"schedule": "random", "seed": 7},
     "gradvac": {"explore_with": "gradvac", "normalize": "sum"},
 }
 

@@ -7,6 +7,7 @@ import logging
 import math
 from typing import TYPE_CHECKING, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 Cost = Literal["magnitude", "condition", "loss"]
 Predictor = Literal["linear", "last", "mean", "ema", "exponential"]
 Normalize = Literal["gradient", "sum"]
+Schedule = Literal["even", "random"]
 
 _EMA_BETA = 0.9
 _SHORTEST_WINDOW = 10  # steps
@@ -34,9 +36,9 @@ class AutoScale(Weighting):
     """Weights that make gradient metrics good during an exploration phase, fixed afterwards (arXiv 2508.13979, 2025).
 
     Phase 1, the first ``explore`` of all steps, is cut into windows. In each, the network trains with the weights of
-    the window before (all ones at first) while ``samples_per_window`` evenly spaced steps record the Gramian and the
-    losses; at its end the weights that minimise ``cost`` over those samples follow. Phase 2 trains the remaining steps
-    with the one weight vector that ``predictor`` makes of the windows' weights, and records nothing.
+    the window before (all ones at first) while ``samples_per_window`` steps record the Gramian and the losses; at its
+    end the weights that minimise ``cost`` over those samples follow. Phase 2 trains the remaining steps with the one
+    weight vector that ``predictor`` makes of the windows' weights, and records nothing.
 
     With ``explore_with`` another weighting's weights are in force during phase 1 instead, as in the paper's earlier
     version; windows are recorded and solved as before. A weighting that needs a Gramian at every step then makes every
@@ -79,6 +81,10 @@ class AutoScale(Weighting):
         normalize: How weight vectors are scaled.
         explore_with: Name of another weighting, or one with its options (see :func:`gradstats.weighting.create`), whose
             weights are in force during phase 1. None: those of the last window.
+        schedule: Which steps of a window are recorded: ``"even"`` spacing, or ``"random"`` ones without repetition,
+            which no period in the data can mislead. They depend on ``seed`` and the window alone, so that ranks agree
+            and a resumed run continues.
+        seed: Of the random schedule, a non-negative integer.
 
     Attributes:
         explorer: The other weighting; None without one.
@@ -123,6 +129,8 @@ class AutoScale(Weighting):
         samples_per_window: int | None = None,
         normalize: Normalize = "gradient",
         explore_with: str | Weighting | None = None,
+        schedule: Schedule = "even",
+        seed: int = 0,
     ) -> None:
         super().__init__(num_tasks)
         counts = {"total_steps": total_steps, "windows": windows, "samples_per_window": samples_per_window}
@@ -137,10 +145,14 @@ class AutoScale(Weighting):
             ("cost", cost, get_args(Cost)),
             ("predictor", predictor, get_args(Predictor)),
             ("normalize", normalize, get_args(Normalize)),
+            ("schedule", schedule, get_args(Schedule)),
         ):
             if choice not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {choice!r}")
+        if not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed: expected a non-negative integer, got {seed!r}")
         self.cost, self.predictor, self.normalize = cost, predictor, normalize
+        self.schedule, self.seed = schedule, seed
         self.explore_steps = max(1, round(explore * total_steps))
         self.windows = min(windows, max(1, self.explore_steps // _SHORTEST_WINDOW))
         if samples_per_window is None:
@@ -194,17 +206,20 @@ class AutoScale(Weighting):
         sampled = "gramian" in self._records and self._sample_is_due()
         return sampled or (self.explorer is not None and self.explorer.wants_stats())
 
-    def _window(self) -> tuple[int, int]:
-        """First step of the window that ``step`` lies in, and its length."""
+    def _window(self) -> tuple[int, int, int]:
+        """The window that ``step`` lies in: its index, first step and length."""
         index = ((self.step + 1) * self.windows - 1) // self.explore_steps
         start, stop = (i * self.explore_steps // self.windows for i in (index, index + 1))
-        return start, stop - start
+        return index, start, stop - start
 
     def _sample_is_due(self) -> bool:
         # A sample that could not be taken stays due, so the next step takes it.
-        start, length = self._window()
-        samples = min(self.samples_per_window, length)
-        return self._num_samples < (self.step - start + 1) * samples // length
+        index, start, length = self._window()
+        samples, steps = min(self.samples_per_window, length), self.step - start + 1
+        if self.schedule == "even":
+            return self._num_samples < steps * samples // length
+        chosen = np.random.default_rng((self.seed, index)).permutation(length)[:samples]
+        return self._num_samples < int((chosen < steps).sum())
 
     def forward(self, losses: Tensor, stats: GradStats | None = None) -> Tensor:
         """Record the step if it is due and return the weights in force; the last step of a window prepares the next."""
@@ -216,7 +231,7 @@ class AutoScale(Weighting):
         weights = self.weights
         if self._sample_is_due() and (stats is not None or "gramian" not in self._records):
             self._record(losses, stats)
-        start, length = self._window()
+        _, start, length = self._window()
         self.step += 1
         if self.step == start + length:
             self._close_window()
