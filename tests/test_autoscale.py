@@ -1,11 +1,17 @@
 """AutoScale beyond its closed forms: exploration, recording, diagnostics, hard losses, and resuming anywhere."""
 
+import itertools
+
+import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from torch import Tensor
 
 from gradstats import GradStats
 from gradstats.weighting import AutoScale, create
+from gradstats.weighting.autoscale import conditioning_log_weights
+from gradstats.weighting.condition import _Smoothed, least_condition
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -150,6 +156,134 @@ def test_a_random_step_that_could_not_be_recorded_is_made_up_for():
 def test_schedules_that_are_none_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         AutoScale(3, 100, **options)
+
+
+# ---- the weights of least condition number --------------------------------------------------------------------------
+
+
+def problem(num_tasks: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gramians ``[S, T, T]`` of correlated gradients whose norms span three decades, and log-weights of equal norms."""
+    generator = np.random.default_rng((num_tasks, samples))
+    scales = np.logspace(0, 3, num_tasks)
+    common, own = (
+        generator.standard_normal(4 * num_tasks),
+        generator.standard_normal((samples, num_tasks, 4 * num_tasks)),
+    )
+    jacobians = scales[:, None] * (0.5 * common + own)
+    grams = jacobians @ jacobians.transpose(0, 2, 1)
+    return grams, -np.log(grams.diagonal(axis1=1, axis2=2)).mean(0) / 2
+
+
+def log_condition(grams: np.ndarray, log_weights: np.ndarray) -> np.ndarray:
+    """Mean of ``log κ`` over samples, at one point or at many."""
+    weights = np.exp(log_weights)
+    values = np.linalg.eigvalsh(weights[..., :, None] * grams * weights[..., None, :])
+    return np.log(values[..., -1] / values[..., 0]).mean(-1) / 2
+
+
+@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("num_tasks", [2, 3, 4])
+def test_no_grid_holds_better_weights(num_tasks, samples):
+    """Brute force: grids of 7 points in each direction around the best point so far, ever finer."""
+    grams, start = problem(num_tasks, samples)
+    found, converged = least_condition(grams, start)
+    grid = np.array(list(itertools.product(np.linspace(-1, 1, 7), repeat=num_tasks - 1)))
+    best, radius = start, 1.0
+    while radius > 1e-8:
+        points = best + radius * np.pad(grid, ((0, 0), (0, 1)))
+        best = points[log_condition(grams, points[:, None]).argmin()]
+        radius *= 0.7
+    assert converged
+    assert log_condition(grams, found) == pytest.approx(log_condition(grams, best), abs=1e-6)
+
+
+@pytest.mark.parametrize(("num_tasks", "samples"), [(4, 1), (8, 1), (8, 6), (16, 3), (32, 1), (64, 1)])
+def test_a_generic_optimiser_finds_the_same(num_tasks, samples):
+    """SciPy's BFGS on the smoothed cost in torch, whose gradient autograd derives."""
+    grams, start = problem(num_tasks, samples)
+    found, converged = least_condition(grams, start)
+    best = start
+    for temperature in (0.1, 0.01, 1e-3, 1e-4, 1e-5):
+
+        def cost(point: np.ndarray, temperature: float = temperature) -> tuple[float, np.ndarray]:
+            x = torch.tensor(point, requires_grad=True)
+            logs = torch.linalg.eigvalsh(x.exp()[:, None] * torch.from_numpy(grams) * x.exp()).log() / temperature
+            value = (temperature / 2) * (logs.logsumexp(1) + (-logs).logsumexp(1)).mean()
+            value.backward()
+            return value.item(), x.grad.numpy()
+
+        options = {"gtol": 1e-7, "maxiter": 300}
+        best = scipy.optimize.minimize(cost, best, jac=True, method="BFGS", options=options).x
+    ours, theirs, before = (log_condition(grams, x) for x in (found, best, start))
+    assert converged
+    assert ours <= theirs + 1e-6
+    assert theirs - ours < 0.01 * (before - ours)
+
+
+def test_the_derivatives_of_the_smoothed_cost():
+    grams, start = problem(5, 3)
+    for temperature in (1.0, 0.1, 0.01):
+        here = _Smoothed.at(grams, start, temperature)
+        step = 1e-6
+        around = [
+            [_Smoothed.at(grams, start + sign * step * unit, temperature) for sign in (1, -1)] for unit in np.eye(5)
+        ]
+        slopes = [(up.value - down.value) / (2 * step) for up, down in around]
+        bends = [(up.gradient() - down.gradient()) / (2 * step) for up, down in around]
+        np.testing.assert_allclose(here.gradient(), slopes, atol=1e-8)
+        np.testing.assert_allclose(here.hessian(), bends, atol=1e-6 / temperature)
+
+
+def test_two_tasks_have_equal_norms():
+    for seed in range(20):
+        jacobian = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        gram = jacobian @ jacobian.T
+        found, converged = least_condition(gram[None].numpy(), np.zeros(2))
+        assert converged
+        assert found[0] - found[1] == pytest.approx(0.5 * float((gram[1, 1] / gram[0, 0]).log()), abs=1e-9)
+
+
+def test_what_has_no_least_condition_number():
+    dependent = np.ones((2, 3, 3))
+    start = np.array([1.0, 0.0, -1.0])
+    found, converged = least_condition(dependent, start)
+    assert not converged
+    assert np.array_equal(found, start)
+    # One sample of dependent gradients, and one that is not finite, beside a good one: only that one counts.
+    grams, start = problem(3, 1)
+    mixed = np.concatenate([dependent, grams, np.full((1, 3, 3), np.nan)])
+    np.testing.assert_array_equal(least_condition(mixed, start)[0], least_condition(grams, start)[0])
+    assert least_condition(np.ones((1, 1, 1)), np.zeros(1)) == (np.zeros(1), True)
+
+
+@pytest.mark.parametrize("scale", [1e-130, 1e130])
+def test_the_scale_of_the_gradients_does_not_matter(scale):
+    grams, start = problem(4, 2)
+    found = least_condition(grams, start)[0] - np.log(scale)
+    np.testing.assert_allclose(least_condition(scale * grams * scale, start - np.log(scale))[0], found, atol=1e-7)
+
+
+def test_samples_that_lack_a_task_do_not_count_where_others_have_all():
+    grams, _ = problem(3, 2)
+    whole = torch.from_numpy(grams)
+    lacking = whole[0].clone()
+    lacking[1] = lacking[:, 1] = 0.0
+    start = torch.zeros(3, dtype=torch.float64)
+    torch.testing.assert_close(
+        conditioning_log_weights(torch.stack([whole[1], lacking]), start), conditioning_log_weights(whole[1:], start)
+    )
+    # None has all: the means of the pairs that were seen. Never there: the others are as they would be without it.
+    other = whole[0].clone()
+    other[0] = other[:, 0] = 0.0
+    mean = torch.where((lacking != 0) & (other != 0), (lacking + other) / 2, lacking + other)
+    torch.testing.assert_close(
+        conditioning_log_weights(torch.stack([lacking, other]), start), conditioning_log_weights(mean[None], start)
+    )
+    found, converged = conditioning_log_weights(lacking[None], start)
+    pair, _ = conditioning_log_weights(whole[:1, ::2, ::2], start[::2])
+    assert converged
+    assert float(found[0] - found[2]) == pytest.approx(float(pair[0] - pair[1]))
+    assert float(found[1]) == pytest.approx(float(found[0] + found[2]) / 2)
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------

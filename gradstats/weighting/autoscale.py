@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradstats.weighting.base import Facts, Weighting
+from gradstats.weighting.condition import least_condition
 
 if TYPE_CHECKING:
     from gradstats.stats import GradStats
@@ -50,7 +51,8 @@ class AutoScale(Weighting):
 
     * ``cost="magnitude"``: equal norms of the weighted gradients, ``w_i ∝ exp(-mean_t log n_i(t))``.
     * ``cost="condition"``: least mean over samples of ``log κ(diag(w) G_t diag(w))``, a convex problem in ``log w``;
-      where the gradients are linearly dependent no weights help and those of ``"magnitude"`` are taken.
+      where the gradients are linearly dependent no weights help and those of ``"magnitude"`` are taken. Of two tasks
+      the solution for one sample is equal norms. Samples that lack a task do not count where others have all.
     * ``cost="loss"``: equal weighted losses, ``w_i ∝ exp(-mean_t log L_i(t))``; needs positive losses.
     * ``predictor`` works on the logarithms of the windows' weights, at the end of phase 1: ``"last"`` window,
       ``"mean"``, ``"ema"`` (window ``i`` of ``n`` counts ``0.9^(n-i)``), ``"linear"`` least squares, and
@@ -273,7 +275,7 @@ class AutoScale(Weighting):
         previous = self.window_weights[-1] if self._num_found else torch.ones_like(sizes[0])
         log_weights = balancing_log_weights(sizes, previous)
         if self.cost == "condition":
-            log_weights = least_condition_log_weights(grams, log_weights)
+            log_weights, _ = conditioning_log_weights(grams, log_weights)
         return _normalized(log_weights)
 
     def _scaled(self, weights: Tensor) -> Tensor:
@@ -303,10 +305,14 @@ def mean_of_known(grams: Tensor) -> Tensor:
     A gradient is known if its squared norm is finite and not 0: an absent task has a row of zeros. Unbiased estimates
     of a square may be negative; without those the mean would be too large.
     """
-    squares = grams.diagonal(dim1=1, dim2=2)
-    known = squares.isfinite() & (squares != 0)
+    known = _known(grams)
     pairs = known[:, :, None] & known[:, None, :]
     return torch.where(pairs, grams, 0.0).sum(0) / pairs.sum(0).clamp_min(1)
+
+
+def _known(grams: Tensor) -> Tensor:
+    squares = grams.diagonal(dim1=1, dim2=2)
+    return squares.isfinite() & (squares != 0)
 
 
 def balancing_log_weights(sizes: Tensor, previous: Tensor) -> Tensor:
@@ -330,53 +336,31 @@ def balancing_log_weights(sizes: Tensor, previous: Tensor) -> Tensor:
     return torch.where(found, result, previous.log() + offset)
 
 
-def least_condition_log_weights(grams: Tensor, start: Tensor) -> Tensor:
-    """Minimise the mean of ``log κ(diag(w) G_t diag(w))`` over ``log w``, from ``start``.
+def conditioning_log_weights(grams: Tensor, start: Tensor) -> tuple[Tensor, bool]:
+    """The weights of least condition number over the samples that have a gradient of every task.
 
-    Both ``log λ_max`` and ``-log λ_min`` are convex in ``log w``, so any minimum is global. Where eigenvalues coincide
-    they have kinks; we minimise the softmax over eigenvalues at falling temperatures, which differs from the maximum
-    by at most the temperature times ``log T``.
+    Where no sample has all, their mean by :func:`mean_of_known` takes their place. Tasks without any gradient are left
+    out, and keep their share.
 
     Args:
-        grams: Gramians of the samples, float64 ``[S, T, T]``. Samples of linearly dependent gradients are left out:
-            their condition number is infinite whatever the weights.
-        start: Starting point, float64 ``[T]``, such as equal magnitude, which is within ``√T`` of the optimum.
+        grams: Gramians of the samples, float64 ``[S, T, T]``.
+        start: Log-weights of equal norms, float64 ``[T]``.
 
     Returns:
-        Float64 tensor ``[T]``, defined up to a common constant; ``start`` if every sample is left out.
+        Float64 tensor ``[T]``, defined up to a common constant, and whether it is a minimum; ``start`` and False where
+        the gradients are linearly dependent in every sample.
     """
-    num_tasks = grams.shape[1]
-    # On a starting point with equal magnitudes the problem is well scaled, whatever the scale of the tasks.
-    scaled = torch.exp(start)[:, None] * grams * torch.exp(start)[None, :]
-    scaled = scaled / scaled.diagonal(dim1=1, dim2=2).abs().mean(1)[:, None, None]  # estimates may be negative
-    scaled = scaled[scaled.isfinite().all(2).all(1)]
-    eigenvalues = torch.linalg.eigvalsh(scaled)
-    scaled = scaled[eigenvalues[:, 0] > num_tasks * torch.finfo(torch.float64).eps * eigenvalues[:, -1]]
-    if num_tasks == 1 or not len(scaled):
-        return start
-    shift = torch.zeros_like(start, requires_grad=True)
-    for temperature in (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6):
-        _minimise(shift, scaled, temperature)
-    return start + shift.detach()
-
-
-def _minimise(shift: Tensor, grams: Tensor, temperature: float) -> None:
-    """One smooth problem by L-BFGS, in place; gradients from the eigenvectors, ``∂ log λ / ∂ log w_i = 2 v_i²``."""
-    solver = torch.optim.LBFGS(
-        [shift], max_iter=100, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        with torch.no_grad():
-            scale = shift.exp()
-            values, vectors = torch.linalg.eigh(scale[:, None] * grams * scale[None, :])
-            logs = values.clamp_min(torch.finfo(torch.float64).tiny).log() / temperature
-            upper, lower = torch.softmax(logs, 1), torch.softmax(-logs, 1)
-            shift.grad = (vectors.square() @ (upper - lower)[:, :, None]).mean(0).squeeze(1)
-            smooth = torch.logsumexp(logs, 1) + torch.logsumexp(-logs, 1)
-            return temperature * smooth.mean() / 2
-
-    solver.step(closure)  # type: ignore[no-untyped-call]  # torch does not annotate it
+    known = _known(grams)
+    seen = known.any(0)
+    if not seen.any():
+        return start, False
+    complete = known[:, seen].all(1)
+    grams = grams[complete] if complete.any() else mean_of_known(grams)[None]
+    found, converged = least_condition(grams[:, seen][:, :, seen].numpy(), start[seen].numpy())
+    result = start.clone()
+    shift = torch.from_numpy(found) - start[seen]
+    result[seen] += shift - shift.mean()
+    return result, converged
 
 
 def predict(window_weights: Tensor, predictor: Predictor) -> Tensor:
