@@ -1,6 +1,7 @@
 """AutoScale beyond its closed forms: exploration, recording, diagnostics, hard losses, and resuming anywhere."""
 
 import itertools
+import logging
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gradstats import GradStats
 from gradstats.weighting import AutoScale, create
-from gradstats.weighting.autoscale import conditioning_log_weights
+from gradstats.weighting.autoscale import conditioning_log_weights, extrapolation_error, predict
 from gradstats.weighting.condition import _Smoothed, least_condition
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -286,6 +287,166 @@ def test_samples_that_lack_a_task_do_not_count_where_others_have_all():
     assert float(found[1]) == pytest.approx(float(found[0] + found[2]) / 2)
 
 
+# ---- reports and doubts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cost", ["magnitude", "condition", "loss"])
+def test_reports_say_what_the_metric_was_and_became(cost):
+    weighting = AutoScale(3, 200, cost=cost, windows=2, samples_per_window=4)
+    drive(weighting, range(40))
+    assert [(report.step, report.samples, report.converged) for report in weighting.reports] == [
+        (20, 4, True),
+        (40, 4, True),
+    ]
+    given = [step_of(step) for step in (24, 29, 34, 39)]
+    weights = weighting.window_weights[1]
+
+    def condition(w: Tensor) -> float:
+        return float(np.exp(np.mean([stats.weighted(w).condition_number.log() for _, stats in given])))
+
+    def metric(w: Tensor) -> float:
+        if cost == "condition":
+            return condition(w)
+        if cost == "magnitude":
+            return float(np.mean([stats.weighted(w).mean_magnitude_similarity for _, stats in given]))
+        return float(np.mean([(w * losses / (w * losses).sum()).var(correction=0) for losses, _ in given]))
+
+    report = weighting.reports[1]
+    assert report.before == pytest.approx(metric(torch.ones(3)))
+    assert report.after == pytest.approx(metric(weights))
+    assert report.condition_number == pytest.approx(condition(weights))
+    assert report.after > 0.9 if cost == "magnitude" else report.after < report.before / 10
+
+
+def test_a_report_of_dependent_gradients():
+    weighting = AutoScale(2, 100, cost="condition", windows=1)
+    jacobian = torch.tensor([[1.0, 2.0], [2.0, 4.0]], dtype=torch.float64)
+    for _ in range(20):
+        weighting(torch.ones(2), stats_of(jacobian))
+    (report,) = weighting.reports
+    assert not report.converged
+    assert report.before == report.after == report.condition_number == float("inf")
+    assert float(weighting.weights[0] / weighting.weights[1]) == pytest.approx(2)
+
+
+def windows_of(log_weights: Tensor) -> Tensor:
+    return torch.softmax(log_weights, 1) * log_weights.shape[1]
+
+
+def test_the_error_of_an_extrapolation_is_that_of_repeated_trials():
+    """The spread of the value read off lines through a known trend and known noise, and its mean estimate."""
+    generator = torch.Generator().manual_seed(0)
+    trend = 0.2 * torch.arange(10)[:, None] * torch.tensor([1.0, -1.0], dtype=torch.float64)
+    noise = 0.3 * torch.randn(500, 10, 1, dtype=torch.float64, generator=generator) * torch.tensor([1.0, -1.0])
+    predicted, errors, changes = [], [], []
+    for trial in trend + noise:
+        windows = windows_of(trial)
+        logs = predict(windows, "linear").log()
+        predicted.append(float(logs[0] - logs.mean()))
+        error, change = extrapolation_error(windows)
+        errors.append(error**2)
+        changes.append(change)
+    assert np.sqrt(np.mean(errors)) == pytest.approx(np.std(predicted), rel=0.1)
+    assert np.mean(changes) == pytest.approx(0.2 * 5, rel=0.05)
+    assert extrapolation_error(windows_of(trend[:2]))[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("noise", "slope", "predictor", "warns"),
+    [
+        (1.0, 0.0, "linear", True),
+        (1.0, 0.0, "exponential", True),
+        (1.0, 0.0, "mean", False),
+        (0.05, 0.0, "linear", False),
+        (1.0, 1.0, "linear", False),
+    ],
+)
+def test_windows_that_disagree_are_warned_about(noise, slope, predictor, warns, caplog):
+    weighting = AutoScale(2, 200, windows=4, predictor=predictor)
+    for step in range(40):
+        window = step // 10
+        log_norm = slope * window + noise * (-1) ** (window in (1, 2))
+        norms = torch.tensor([1.0, np.exp(log_norm)], dtype=torch.float64)
+        with caplog.at_level(logging.WARNING, logger="gradstats"):
+            weighting(torch.ones(2), stats_of(norms.diag()))
+    assert ("disagree too much to extrapolate" in caplog.text) == warns
+
+
+# ---- hard losses and gradients --------------------------------------------------------------------------------------
+
+
+def feed(weighting: AutoScale, losses: list[float], jacobian: list[list[float]], steps: int = 20) -> AutoScale:
+    for _ in range(steps):
+        weighting(torch.tensor(losses, dtype=torch.float64), stats_of(torch.tensor(jacobian, dtype=torch.float64)))
+    return weighting
+
+
+UNIT = [[2.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 8.0]]
+
+
+@pytest.mark.parametrize("cost", ["magnitude", "condition"])
+@pytest.mark.parametrize("losses", [[-1.0, 0.0, 5.0], [1e-30, 1e30, -1e30]])
+def test_gradient_costs_do_not_look_at_losses(cost, losses, caplog):
+    weighting = feed(AutoScale(3, 100, cost=cost, normalize="sum"), losses, UNIT)
+    expected = torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64) * 3 / 7
+    torch.testing.assert_close(weighting.weights, expected, rtol=1e-9, atol=0)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("bad", [0.0, -3.0, float("nan"), float("inf")])
+def test_losses_without_logarithm_leave_their_task_its_share(bad, caplog):
+    weighting = feed(AutoScale(3, 100, cost="loss", normalize="sum"), [2.0, bad, 8.0], UNIT)
+    weights = weighting.weights
+    assert float(weights[0] / weights[2]) == pytest.approx(4)
+    assert float(weights[1]) == pytest.approx(float((weights[0] * weights[2]).sqrt()))
+    assert "tasks [1] had no loss that is positive in the window ending at step 10" in caplog.text
+    assert weighting.reports[0].after == pytest.approx(0)
+
+
+@pytest.mark.parametrize("cost", ["magnitude", "condition"])
+def test_an_absent_task_keeps_its_share_and_the_others_are_as_without_it(cost, caplog):
+    weighting = feed(AutoScale(3, 100, cost=cost), [2.0, float("nan"), 8.0], [UNIT[0], [0.0] * 3, UNIT[2]])
+    weights = weighting.weights
+    assert float(weights[0] / weights[2]) == pytest.approx(4)
+    assert float(weights[1]) == pytest.approx(float((weights[0] * weights[2]).sqrt()))
+    assert "tasks [1] had no gradient that is not zero in the window ending at step 10" in caplog.text
+    assert weighting.reports[0].condition_number == pytest.approx(1)
+    # Once it comes back it counts.
+    weighting = AutoScale(3, 100, cost=cost, predictor="last", windows=2)
+    feed(weighting, [2.0, float("nan"), 8.0], [UNIT[0], [0.0] * 3, UNIT[2]], steps=10)
+    feed(weighting, [2.0, 4.0, 8.0], UNIT, steps=10)
+    sized = weighting.weights * torch.tensor([2.0, 4.0, 8.0])
+    torch.testing.assert_close(sized, sized.mean().expand(3), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("cost", ["magnitude", "condition"])
+def test_gradients_that_vanish_leave_the_last_weights(cost):
+    weighting = AutoScale(3, 100, cost=cost, predictor="last", windows=2)
+    feed(weighting, [2.0, 4.0, 8.0], UNIT, steps=10)
+    before = weighting.weights.clone()
+    feed(weighting, [2.0, 4.0, 8.0], [[0.0] * 3] * 3, steps=10)
+    assert not weighting.exploring
+    torch.testing.assert_close(weighting.weights / weighting.weights.sum(), before / before.sum(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-140, 1e-20, 1e20, 1e140])
+@pytest.mark.parametrize("cost", ["magnitude", "condition"])
+def test_the_scale_of_all_gradients_does_not_matter(cost, scale):
+    small = [[scale * x for x in row] for row in UNIT]
+    weighting = feed(AutoScale(3, 100, cost=cost), [1.0] * 3, small)
+    torch.testing.assert_close(
+        weighting.weights, feed(AutoScale(3, 100, cost=cost), [1.0] * 3, UNIT).weights, rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("cost", ["magnitude", "condition", "loss"])
+def test_wildly_different_scales_are_bounded(cost):
+    scales = [1e-30, 1.0, 1e30]
+    jacobian = [[scale * (i == j) for j in range(3)] for i, scale in enumerate(scales)]
+    weights = feed(AutoScale(3, 100, cost=cost, normalize="sum"), scales, jacobian).weights
+    assert float(weights.log().max() - weights.log().min()) == pytest.approx(2 * np.log(1e6))
+
+
 # ---- resuming -------------------------------------------------------------------------------------------------------
 
 OPTIONS = {
@@ -312,4 +473,5 @@ def test_a_run_resumes_in_the_middle_of_a_window_to_the_last_bit(options, stop, 
     found = drive(second, range(stop, 70))
     assert all(torch.equal(w, v) for w, v in zip(found, expected[stop:], strict=True))
     assert torch.equal(second.get_extra_state(), whole.get_extra_state())
+    assert second.reports == whole.reports
     assert {k: v.shape for k, v in fresh().state_dict().items()} == {k: v.shape for k, v in whole.state_dict().items()}

@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gradstats.stats import GradStats
 from gradstats.weighting.base import Facts, Weighting
 from gradstats.weighting.condition import least_condition
 
 if TYPE_CHECKING:
-    from gradstats.stats import GradStats
+    from collections.abc import Iterable
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +31,36 @@ _SHORTEST_WINDOW = 10  # steps
 _MOST_SAMPLES = 10  # of a window, if not said otherwise
 #: Share of all steps that is recorded at most, if not said otherwise: a recorded step costs two to three plain ones.
 _RECORDED_SHARE = 0.03
+_TOLERABLE_ERROR = 0.1  # of an extrapolated log-weight
 #: Bound on each weight relative to the geometric mean of all.
 WEIGHT_RANGE = 1e6
+
+
+@dataclass(frozen=True)
+class WindowReport:
+    """What one window of :class:`AutoScale` has found.
+
+    ``before`` and ``after`` are means over the window's samples of the metric that the cost improves. For
+    ``"magnitude"`` it is the mean magnitude similarity of all pairs, which should rise to 1; for ``"condition"`` the
+    condition number (geometric mean) and for ``"loss"`` the variance of the tasks' shares in the sum of the losses,
+    which should fall. Absent tasks, and losses that are not positive, do not count; NaN where nothing does.
+
+    Attributes:
+        step: How many steps had been taken at the window's end.
+        samples: How many of them were recorded.
+        before: The metric without weights.
+        after: The metric under the window's weights.
+        condition_number: Geometric mean of the condition number under the window's weights, whatever the cost, over
+            the samples where it is finite; inf if it is nowhere, NaN if no Gramian was recorded.
+        converged: Whether the weights are a minimum of the cost; always so for those in closed form.
+    """
+
+    step: int
+    samples: int
+    before: float
+    after: float
+    condition_number: float
+    converged: bool
 
 
 class AutoScale(Weighting):
@@ -71,6 +101,11 @@ class AutoScale(Weighting):
     Each weight stays within a factor 1e6 of the geometric mean of all. A task whose gradient (or loss) was zero or
     absent in every sample of a window keeps the weight that it had.
 
+    At the end of phase 1 the predictors ``"linear"`` and ``"exponential"`` log a warning where the windows disagree too
+    much to extrapolate (our choice): where the standard error of the log-weights read off a line, from its residual, is
+    above 0.1 and above the change from the windows' mean that the line predicts (:func:`extrapolation_error`), so that
+    ``"mean"`` would be as good a guess. At least 3 windows are needed to tell.
+
     Args:
         num_tasks: Number of tasks ``T``.
         total_steps: Optimizer steps of the whole training.
@@ -109,6 +144,7 @@ class AutoScale(Weighting):
         "step",
         "weights",
         "_num_found",
+        "_reports",
         "_window_weights",
         "_window_gram",
         "_window_square",
@@ -168,6 +204,7 @@ class AutoScale(Weighting):
         # Everything recorded is on the CPU, where the small problems are solved, and has its full size from the start.
         zeros = functools.partial(torch.zeros, dtype=torch.float64, device="cpu")
         self._num_found = 0
+        self._reports = zeros(self.windows, len(fields(WindowReport)))
         self._window_weights = zeros(self.windows, num_tasks)
         self._window_gram = zeros(num_tasks, num_tasks)  # means over the last window with samples
         self._window_square = zeros(())
@@ -181,6 +218,14 @@ class AutoScale(Weighting):
     def window_weights(self) -> Tensor:
         """Weights found by the windows so far, each with ``sum(w) = T``: float64 ``[windows so far, T]``."""
         return self._window_weights[: self._num_found]
+
+    @property
+    def reports(self) -> tuple[WindowReport, ...]:
+        """What the windows so far have found, one report for each row of ``window_weights``."""
+        return tuple(
+            WindowReport(int(step), int(samples), before, after, condition, bool(converged))
+            for step, samples, before, after, condition, converged in self._reports[: self._num_found].tolist()
+        )
 
     @property
     def exploring(self) -> bool:
@@ -256,27 +301,51 @@ class AutoScale(Weighting):
     def _close_window(self) -> None:
         count = self._num_samples
         if count:
-            grams = self._grams[:count]
-            decisive = mean_of_known(grams)[None] if self._num_estimates else grams
-            self._window_weights[self._num_found] = self._solve(decisive, self._losses[:count])
-            self._window_gram, self._window_square = grams.mean(0), self._squares[:count].mean()
-            self._num_found += 1
+            self._find(self._grams[:count], self._losses[:count])
+            self._window_gram, self._window_square = self._grams[:count].mean(0), self._squares[:count].mean()
             if self.explorer is None:
                 self.weights = self._scaled(self.window_weights[-1])
         else:
             logger.warning("AutoScale: no step of the window ending at step %d could be recorded", self.step)
         if self._num_found and not self.exploring:
+            self._doubt()
             self.weights = self._scaled(predict(self.window_weights, self.predictor))
         self._num_samples = self._num_estimates = 0
 
-    def _solve(self, grams: Tensor, losses: Tensor) -> Tensor:
-        """Weights of the window just recorded, float64 ``[T]`` with ``sum(w) = T``."""
-        sizes = losses if self.cost == "loss" else grams.diagonal(dim1=1, dim2=2).sqrt()
+    def _find(self, grams: Tensor, losses: Tensor) -> None:
+        """Add the weights and the report of the window just recorded."""
+        decisive = mean_of_known(grams)[None] if self._num_estimates else grams
+        sizes = losses if self.cost == "loss" else decisive.diagonal(dim1=1, dim2=2).sqrt()
+        unknown = (~_usable(sizes).any(0)).nonzero().flatten().tolist()
+        if unknown:
+            what = "loss that is positive" if self.cost == "loss" else "gradient that is not zero"
+            message = (
+                "AutoScale: tasks %s had no %s in the window ending at step %d, and keep their share of the weights"
+            )
+            logger.warning(message, unknown, what, self.step)
         previous = self.window_weights[-1] if self._num_found else torch.ones_like(sizes[0])
-        log_weights = balancing_log_weights(sizes, previous)
+        log_weights, converged = balancing_log_weights(sizes, previous), True
         if self.cost == "condition":
-            log_weights, _ = conditioning_log_weights(grams, log_weights)
-        return _normalized(log_weights)
+            log_weights, converged = conditioning_log_weights(decisive, log_weights)
+        weights = _normalized(log_weights)
+        before, _ = _metrics(self.cost, decisive, losses, torch.ones_like(weights))
+        after, condition = _metrics(self.cost, decisive, losses, weights)
+        self._reports[self._num_found] = _numbers((self.step, len(losses), before, after, condition, converged))
+        self._window_weights[self._num_found] = weights
+        self._num_found += 1
+
+    def _doubt(self) -> None:
+        """Warn where an extrapolation from the windows says nothing."""
+        if self.predictor not in ("linear", "exponential"):
+            return
+        error, change = extrapolation_error(self.window_weights)
+        if error > max(_TOLERABLE_ERROR, change):
+            logger.warning(
+                "AutoScale: the windows disagree too much to extrapolate: log-weights change by %.2g, with an error of "
+                '%.2g; more samples_per_window, or predictor="mean", would be safer',
+                change,
+                error,
+            )
 
     def _scaled(self, weights: Tensor) -> Tensor:
         """``weights`` on the scale of those that the last window's samples were taken with."""
@@ -315,6 +384,31 @@ def _known(grams: Tensor) -> Tensor:
     return squares.isfinite() & (squares != 0)
 
 
+def _usable(sizes: Tensor) -> Tensor:
+    return sizes.isfinite() & (sizes > 0)
+
+
+def _numbers(values: Iterable[float | Tensor]) -> Tensor:
+    return torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
+
+
+def _metrics(cost: Cost, grams: Tensor, losses: Tensor, weights: Tensor) -> tuple[float, float]:
+    """The metric that a cost improves and the condition number, as :class:`WindowReport` has them."""
+    names = tuple(str(i) for i in range(len(weights)))
+    known = [GradStats(gram, names, present) for gram, present in zip(grams, _known(grams), strict=True)]
+    weighted = [stats.weighted(weights) for stats in known if stats.present.any()]
+    conditions = _numbers(stats.condition_number for stats in weighted)
+    finite = conditions.isfinite()
+    condition = float((conditions[finite] if finite.any() else conditions).log().mean().exp())
+    if cost == "condition":
+        return condition, condition
+    if cost == "magnitude":
+        return float(_numbers(stats.mean_magnitude_similarity for stats in weighted).nanmean()), condition
+    parts = torch.where(_usable(losses), weights * losses, torch.nan)
+    shares = parts / parts.nansum(1, keepdim=True)
+    return float((shares - shares.nanmean(1, keepdim=True)).square().nanmean()), condition
+
+
 def balancing_log_weights(sizes: Tensor, previous: Tensor) -> Tensor:
     """``-mean_t log sizes_i(t)``: the weights that make ``w_i sizes_i`` equal, least squares in the logarithm.
 
@@ -326,7 +420,7 @@ def balancing_log_weights(sizes: Tensor, previous: Tensor) -> Tensor:
     Returns:
         Float64 tensor ``[T]``, defined up to a common constant.
     """
-    known = sizes.isfinite() & (sizes > 0)
+    known = _usable(sizes)
     logs = torch.where(known, sizes, 1.0).log()
     result = -logs.sum(0) / known.sum(0).clamp_min(1)
     found = known.any(0)
@@ -373,10 +467,8 @@ def predict(window_weights: Tensor, predictor: Predictor) -> Tensor:
     Returns:
         Float64 tensor ``[T]`` with ``sum(w) = T``.
     """
-    logs = window_weights.log()
-    logs = logs - logs.mean(1, keepdim=True)  # only ratios carry information; sum(w) = T bends them
+    logs, middles = _trend(window_weights)
     num = len(logs)
-    middles = torch.arange(num, dtype=torch.float64, device=logs.device) + 0.5
     if predictor == "last" or num == 1:
         result = logs[-1]
     elif predictor == "mean":
@@ -389,6 +481,34 @@ def predict(window_weights: Tensor, predictor: Predictor) -> Tensor:
     else:
         result = _exponential(middles, logs)
     return _normalized(result)
+
+
+def extrapolation_error(window_weights: Tensor) -> tuple[float, float]:
+    """How far a line through the windows' log-weights can be trusted at the end of the last window.
+
+    Args:
+        window_weights: As for :func:`predict`.
+
+    Returns:
+        The standard error of the value there, from the line's residual, and the change to it from the mean of the
+        windows: root mean squares over tasks. The error is 0 for fewer than 3 windows, which always lie on a line.
+    """
+    logs, middles = _trend(window_weights)
+    num, end = len(logs), middles.new_tensor(len(logs))
+    if num < 3:
+        return 0.0, 0.0
+    predicted, residual = _fitted(middles, end, logs)
+    spread = (middles - middles.mean()).square().sum()
+    leverage = 1 / num + (end - middles.mean()).square() / spread
+    error = (residual / logs.numel() * num / (num - 2) * leverage).sqrt()
+    return float(error), float((predicted - logs.mean(0)).square().mean().sqrt())
+
+
+def _trend(window_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Centred log-weights ``[n, T]``, as only ratios carry information, and the middles of the windows ``[n]``."""
+    logs = window_weights.log()
+    middles = torch.arange(len(logs), dtype=torch.float64, device=logs.device) + 0.5
+    return logs - logs.mean(1, keepdim=True), middles
 
 
 def _fitted(feature: Tensor, at: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
