@@ -99,7 +99,8 @@ class AutoScale(Weighting):
     square is not positive keeps the weight that it had.
 
     Each weight stays within a factor 1e6 of the geometric mean of all. A task whose gradient (or loss) was zero or
-    absent in every sample of a window keeps the weight that it had.
+    absent in every sample of a window keeps its share: its weight, relative to the geometric mean of the others, is
+    that of the window before, and is 1 in the first. A warning names it.
 
     At the end of phase 1 the predictors ``"linear"`` and ``"exponential"`` log a warning where the windows disagree too
     much to extrapolate (our choice): where the standard error of the log-weights read off a line, from its residual, is
@@ -290,12 +291,12 @@ class AutoScale(Weighting):
             self.explorer.after_step(losses)
 
     def _record(self, losses: Tensor, stats: GradStats | None) -> None:
+        gram = torch.zeros_like(self._window_gram) if stats is None else stats.gram.detach().cpu()
+        weights = self.weights.cpu()
         self._losses[self._num_samples] = losses.detach()
-        if stats is not None:
-            gram, weights = stats.gram.detach().cpu(), self.weights.cpu()
-            self._grams[self._num_samples] = gram
-            self._squares[self._num_samples] = weights @ gram @ weights
-            self._num_estimates += stats.standard_error is not None
+        self._grams[self._num_samples] = gram
+        self._squares[self._num_samples] = weights @ gram @ weights
+        self._num_estimates += stats is not None and stats.standard_error is not None
         self._num_samples += 1
 
     def _close_window(self) -> None:
@@ -319,9 +320,7 @@ class AutoScale(Weighting):
         unknown = (~_usable(sizes).any(0)).nonzero().flatten().tolist()
         if unknown:
             what = "loss that is positive" if self.cost == "loss" else "gradient that is not zero"
-            message = (
-                "AutoScale: tasks %s had no %s in the window ending at step %d, and keep their share of the weights"
-            )
+            message = "AutoScale: tasks %s had no %s in the window ending at step %d, and keep their share"
             logger.warning(message, unknown, what, self.step)
         previous = self.window_weights[-1] if self._num_found else torch.ones_like(sizes[0])
         log_weights, converged = balancing_log_weights(sizes, previous), True

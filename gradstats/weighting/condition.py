@@ -12,10 +12,10 @@ from gradstats.weighting.solvers import EPS
 if TYPE_CHECKING:
     from gradstats.weighting.solvers import Array
 
-_WARMEST, _COLDEST, _COOLING = 0.1, 1e-7, 4.0  # temperatures
-_NEGLIGIBLE = 1e-18  # shares of an eigenvalue that do not bend the smoothed maximum
+_WARMEST, _COLDEST, _COOLING = 0.1, 1e-7, 10.0  # temperatures
+_NEGLIGIBLE = 1e-6  # shares of an eigenvalue that do not matter in the Hessian
 _LONGEST = 2.0  # step, in any log-weight
-_CONVERGED = 1e-9  # what a further step may promise at a minimum
+_CONVERGED = 1e-9  # what a further step may promise at a minimum, where rounding does not hide more
 
 
 def least_condition(grams: Array, start: Array) -> tuple[Array, bool]:
@@ -25,7 +25,7 @@ def least_condition(grams: Array, start: Array) -> tuple[Array, bool]:
     as they like to do at the minimum, both have kinks. So the maximum is replaced by ``τ log Σ_k λ_k^(1/τ)``, the
     minimum alike, which differ by at most ``τ log T``, at temperatures ``τ`` that fall from 0.1 to 1e-7; gradient and
     Hessian are those of the eigenvalues. The mean of ``log κ`` ends within ``τ log T`` of its least value. Where ``κ``
-    is above 1e3, rounding of small eigenvalues stops ``τ`` earlier.
+    is above 700, rounding of the small eigenvalues stops ``τ`` earlier, at ``1e3 κ²`` epsilons.
 
     Args:
         grams: Gramians of ``S`` samples, ``[S, T, T]``. Samples of linearly dependent gradients are left out: their
@@ -46,16 +46,17 @@ def least_condition(grams: Array, start: Array) -> tuple[Array, bool]:
     if len(start) == 1 or not len(scaled):
         return start, len(scaled) > 0
     rounding = EPS * float((values[:, -1] / values[:, 0]).max())
-    coldest, temperature = max(_COLDEST, 1e3 * rounding), _WARMEST
-    shift, converged = _minimised(scaled, np.zeros_like(start), max(temperature, coldest))
+    coldest, tolerance = max(_COLDEST, 1e3 * rounding), max(_CONVERGED, 10.0 * rounding)
+    temperature = max(_WARMEST, coldest)
+    shift, gain = _minimised(scaled, np.zeros_like(start), temperature)
     while temperature > coldest:
         temperature = max(temperature / _COOLING, coldest)
-        shift, converged = _minimised(scaled, shift, temperature)
-    return start + shift, converged
+        shift, gain = _minimised(scaled, shift, temperature)
+    return start + shift, gain <= tolerance
 
 
-def _minimised(grams: Array, shift: Array, temperature: float) -> tuple[Array, bool]:
-    """The minimum at one temperature, by Newton's method with a line search, and whether that has converged."""
+def _minimised(grams: Array, shift: Array, temperature: float) -> tuple[Array, float]:
+    """The minimum at one temperature, by Newton's method with a line search, and what a further step would gain."""
     here = _Smoothed.at(grams, shift, temperature)
     for _ in range(50):
         gradient, hessian = here.gradient(), here.hessian()
@@ -64,7 +65,7 @@ def _minimised(grams: Array, shift: Array, temperature: float) -> tuple[Array, b
         move = -np.linalg.solve(hessian + size * (1.0 + 1e-12 * np.eye(len(shift))), gradient)
         gain = -float(gradient @ move)
         if gain <= EPS * (1.0 + here.value):
-            return shift + move, True  # the step is good although its gain is lost in rounding
+            return shift + move, gain  # the step is good although its gain is lost in rounding
         move *= min(1.0, _LONGEST / float(np.abs(move).max()))
         slope, fraction = float(gradient @ move), 1.0
         while fraction > 1e-8:
@@ -75,7 +76,7 @@ def _minimised(grams: Array, shift: Array, temperature: float) -> tuple[Array, b
         else:
             break
         shift, here = shift + fraction * move, there
-    return shift, gain <= _CONVERGED
+    return shift, gain
 
 
 @dataclass(frozen=True)
