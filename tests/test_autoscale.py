@@ -1,5 +1,6 @@
 """AutoScale beyond its closed forms: exploration, recording, diagnostics, hard losses, and resuming anywhere."""
 
+import copy
 import itertools
 import logging
 
@@ -9,7 +10,7 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from gradstats import GradStats
+from gradstats import GradStats, Scalarizer
 from gradstats.weighting import AutoScale, create
 from gradstats.weighting.autoscale import conditioning_log_weights, extrapolation_error, predict
 from gradstats.weighting.condition import _Smoothed, least_condition
@@ -112,6 +113,39 @@ def test_explorers_that_are_none_are_refused():
         AutoScale(3, 100, explore_with=1)
     with pytest.raises(TypeError, match="total_steps"):
         AutoScale(3, 100, explore_with="autoscale")
+
+
+@pytest.mark.parametrize("name", ["imtl_g", "famo"])
+def test_a_scalarizer_trains_and_resumes_with_an_explorer(name, tmp_path):
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(64, 5), torch.randn(64, 2) * torch.tensor([1.0, 30.0])
+
+    def train(model, scalarizer: Scalarizer, steps: int) -> int:
+        """Some steps of gradient descent; how many of them recorded a Gramian."""
+        optimizer, recorded = torch.optim.Adam(model.parameters(), lr=1e-2), 0
+        for _ in range(steps):
+            recorded += scalarizer.wants_stats()
+            optimizer.zero_grad()
+            errors = (model(inputs) - targets).square().mean(0)
+            scalarizer(list(errors)).backward()
+            optimizer.step()
+            scalarizer.after_step(list((model(inputs) - targets).square().mean(0).detach()))
+        return recorded
+
+    def fresh() -> Scalarizer:
+        return Scalarizer("autoscale", tasks=["a", "b"], total_steps=100, windows=2, explore_with=name)
+
+    model, scalarizer = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)), fresh()
+    early = train(model, scalarizer, 13)
+    torch.save(scalarizer.state_dict(), tmp_path / "scalarizer.pt")
+    resumed, same_model = fresh(), copy.deepcopy(model)
+    resumed.load_state_dict(torch.load(tmp_path / "scalarizer.pt", weights_only=True))
+    late = train(model, scalarizer, 12)
+    train(same_model, resumed, 12)
+    assert early + late == (20 if name == "imtl_g" else 2)
+    assert torch.equal(resumed.weights, scalarizer.weights)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same_model.parameters(), strict=True))
+    assert float(scalarizer.weights[0] / scalarizer.weights[1]) > 5
 
 
 # ---- recording ------------------------------------------------------------------------------------------------------
