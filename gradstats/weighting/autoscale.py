@@ -271,14 +271,14 @@ class AutoScale(Weighting):
 
     def forward(self, losses: Tensor, stats: GradStats | None = None) -> Tensor:
         """Record the step if it is due and return the weights in force; the last step of a window prepares the next."""
-        self.weights = self.weights.to(losses.device)
+        weights = self.weights = self.weights.to(losses.device)
         if not self.exploring:
-            return self.weights
+            return weights
         if self.explorer is not None:
-            self.weights = self.explorer(losses, stats if self.explorer.wants_stats() else None)
-        weights = self.weights
+            weights = self.explorer(losses, stats if self.explorer.wants_stats() else None)
+            self.weights = self.explorer.weights  # some prepare those of the next step
         if self._sample_is_due() and (stats is not None or "gramian" not in self._records):
-            self._record(losses, stats)
+            self._record(losses, stats, weights.cpu())
         _, start, length = self._window()
         self.step += 1
         if self.step == start + length:
@@ -290,9 +290,8 @@ class AutoScale(Weighting):
         if self.exploring and self.explorer is not None:
             self.explorer.after_step(losses)
 
-    def _record(self, losses: Tensor, stats: GradStats | None) -> None:
+    def _record(self, losses: Tensor, stats: GradStats | None, weights: Tensor) -> None:
         gram = torch.zeros_like(self._window_gram) if stats is None else stats.gram.detach().cpu()
-        weights = self.weights.cpu()
         self._losses[self._num_samples] = losses.detach()
         self._grams[self._num_samples] = gram
         self._squares[self._num_samples] = weights @ gram @ weights
