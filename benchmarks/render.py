@@ -183,30 +183,6 @@ def targets_table() -> str:
     return table(["target", "measured", "limit", "met"], rows, markdown=True)
 
 
-def pairwise_table() -> str:
-    """``pairwise`` on one thread, in float32, on many entries."""
-    records = [r for r in load("pairwise_cpu")["records"] if r["threads"] == 1 and r["dtype"] == "float32"]
-    rows = []
-    for num_tasks in sorted({r["num_tasks"] for r in records}):
-        most = max(r["entries"] for r in records if r["num_tasks"] == num_tasks)
-        by = {r["method"]: r for r in records if r["num_tasks"] == num_tasks and r["entries"] == most}
-        ours, ready = by["gradstats.pairwise"], by["mm, ready-made"]
-        one_place = [by[name]["milliseconds"] for name in ("read limit", "read loop, no prefetch")]
-        rows.append(
-            [
-                str(num_tasks),
-                *[f"{value:.1f}" for value in (*one_place, ours["milliseconds"])],
-                f"{ours['percent_of_read_limit']:.0f}",
-                f"{by['stack(cat) @ .T']['milliseconds']:.0f}",
-                f"{ready['milliseconds']:.0f}",
-                f"{ours['error']:.0e}",
-                f"{ready['error']:.0e}",
-            ]
-        )
-    header = ["T", "read limit", "plain read loop", "`pairwise`", "% of limit", "`stack(cat) @ .T`", "ready-made `mm`"]
-    return table([*header, "error, ours", "error, `mm`"], rows, markdown=True)
-
-
 def bench_table(device: str, dtype: str, kind: str) -> str:
     """``gradstats bench`` on flat gradients or on lists of models: milliseconds, shares, memory and errors."""
     by_hand = {
@@ -338,7 +314,6 @@ def weighting_times_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "weightings": weightings_table,
     "weighting times": weighting_times_table,
-    "pairwise": pairwise_table,
     "overhead": overhead_table,
     "plan": plan_table,
     "collect targets": targets_table,
