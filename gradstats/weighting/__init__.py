@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from gradstats.weighting.autoscale import AutoScale
+from gradstats.weighting.autoscale import AutoScale, WindowReport
 from gradstats.weighting.base import Facts, Weighting
 from gradstats.weighting.constant import Fixed, Uniform
 from gradstats.weighting.gram_based import (
@@ -95,6 +95,7 @@ __all__ = [
     "UPGrad",
     "Uniform",
     "Weighting",
+    "WindowReport",
     "available",
     "create",
     "facts",
