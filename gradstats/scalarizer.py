@@ -273,7 +273,7 @@ class Scalarizer(nn.Module):
             self._micro_stats.append(stats)
         if len(self._micro_losses) < self.accumulate:
             return self.weights
-        losses = _mean_of_known(torch.stack(self._micro_losses))
+        losses = _mean_of_known(self._micro_losses)
         if _distributed() and self.weighting.needs:
             losses = _mean_of_known_over_ranks(losses)
         wanted = self.weighting.wants_stats()
@@ -329,29 +329,42 @@ def _weighting(weighting: str | Weighting, tasks: tuple[str, ...], options: dict
 
 def _weighted_sum(listed: list[Tensor | None], weights: Tensor) -> Tensor:
     """``Σ w_t L_t`` over the losses given, at least in float32."""
-    given = [(t, loss) for t, loss in enumerate(listed) if loss is not None]
-    dtype = torch.float32
-    for _, loss in given:
-        dtype = torch.promote_types(dtype, loss.dtype)
-    losses = torch.stack([loss.reshape(()).to(dtype) for _, loss in given])
+    given = [t for t, loss in enumerate(listed) if loss is not None]
+    losses = _stacked(listed)
     if len(given) < len(listed):
-        weights = weights[[t for t, _ in given]]
+        weights = weights[given]
     return (losses * weights.to(losses)).sum()  # not ``@``, which autocast would do in 16 bits
+
+
+def _stacked(listed: list[Tensor | None]) -> Tensor:
+    """The losses given in one tensor, at least float32; in one operation where they allow it, as at every step."""
+    given = [loss for loss in listed if loss is not None]
+    dtypes = {loss.dtype for loss in given}
+    if len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64} and all(loss.ndim == 0 for loss in given):
+        return torch.stack(given)
+    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    return torch.stack([loss.reshape(()).to(dtype) for loss in given])
 
 
 def _device(listed: list[Tensor | None]) -> torch.device:
     return next(loss.device for loss in listed if loss is not None)
 
 
+@torch.no_grad()
 def _detached(listed: list[Tensor | None]) -> Tensor:
     """The losses' values, float64 ``[T]``, NaN where there is none."""
-    absent = torch.full((), torch.nan, dtype=torch.float64, device=_device(listed))
-    return torch.stack([absent if loss is None else loss.detach().reshape(()).double() for loss in listed])
+    given = _stacked(listed).double()
+    if len(given) == len(listed):
+        return given
+    values = torch.full((len(listed),), torch.nan, dtype=torch.float64, device=given.device)
+    values[[t for t, loss in enumerate(listed) if loss is not None]] = given
+    return values
 
 
-def _mean_of_known(values: Tensor) -> Tensor:
-    """Mean over the first dimension of the finite entries; NaN where there is none."""
-    return torch.where(values.isfinite(), values, torch.nan).nanmean(0)
+def _mean_of_known(steps: Sequence[Tensor]) -> Tensor:
+    """Mean over steps of the finite entries; NaN where there is none."""
+    known = [torch.where(values.isfinite(), values, torch.nan) for values in steps]
+    return known[0] if len(known) == 1 else torch.stack(known).nanmean(0)
 
 
 # ---- several processes: what decides is agreed before it decides ---------------------------------------------------
