@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     models = [name for name in MODELS if name != "tiny"]
     parser.add_argument("--models", nargs="+", choices=MODELS, default=models)
     parser.add_argument("--tasks", type=int, nargs="+", default=[2, 8, 32])
-    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.6], help="of the free plan's bytes")
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.8], help="of the free plan's bytes")
     options = parser.parse_args(arguments)
 
     records = []

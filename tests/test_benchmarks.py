@@ -87,6 +87,12 @@ def test_plans_predict_what_collections_take(share):
     assert plan.follow_plan("transformer", 2, 0.01, print)["absent"].startswith("max_bytes: the leanest plan")
 
 
+@pytest.mark.parametrize("model", ["mlp", "nn-transformer"])
+def test_a_budget_bounds_what_tensors_take(model):
+    sizes = plan.follow_plan(model, 8, 0.9, print)["mebibytes"]
+    assert sizes["tensors"] <= 1.02 * sizes["predicted"]
+
+
 @pytest.mark.slow
 def test_a_run_in_fresh_processes(tmp_path):
     out = tmp_path / "results.json"

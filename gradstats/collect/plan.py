@@ -99,9 +99,11 @@ class Step:
         facts, tasks = self.facts, self.facts.tasks
         formed = max(sum(_formed_bytes(facts.leaves[k]) for k in group) for group in self.passes)
         factored = sum(_factored_bytes(facts.leaves[k]) for k in self.factored)
-        flowing = facts.bytes_in + facts.bytes_out
+        # Rows that were found one by one are copied to stand beside each other: those that enter a batched pass, and
+        # the cotangents of factored layers after any other.
+        copied = facts.bytes_in if self.batched else factored // 2
         passing = 2 * facts.widest * (tasks if self.batched else 1)
-        return tasks * (flowing + formed + factored) + passing
+        return tasks * (facts.bytes_in + facts.bytes_out + formed + factored + copied) + passing
 
     @property
     def operations(self) -> int:
