@@ -202,7 +202,7 @@ def main() -> None:
     points, done = [], 0
     for point in (0, 100, 500, 2000):
         for _ in range(point - done):
-            sum(means(network.losses(next(stream))).values()).backward()  # type: ignore[union-attr]
+            torch.stack(list(means(network.losses(next(stream))).values())).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
         done = point

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-try:
-    import matplotlib  # noqa: F401
-    import tqdm  # noqa: F401
-
-    importlib.metadata.version("lightning")  # the runs alone import it, since that takes seconds
-except ImportError as error:
+# Not imported here: Lightning takes seconds, and the runs alone need it.
+if any(importlib.util.find_spec(name) is None for name in ("lightning", "matplotlib", "tqdm")):
     raise ImportError(
         "gradstats.compare needs Lightning Fabric, tqdm and matplotlib; install them with: "
         'pip install "gradstats[train,plot]"'
-    ) from error
+    )
 
 from gradstats.compare.experiment import BUILT_IN, Experiment, Metric, Source, moved, score
 from gradstats.compare.results import NOTES, Results, read

@@ -67,7 +67,7 @@ class Run:
 
     def identity(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What another run must share to count as this one, in types of JSON; ``settings`` are all the experiment's."""
-        identity = {
+        identity: dict[str, Any] = {
             "experiment": self.source.name,
             "fingerprint": self.source.fingerprint(),
             "settings": settings,
@@ -76,7 +76,8 @@ class Run:
             "seed": self.seed,
             "threads": self.threads,
         }
-        return json.loads(json.dumps(identity))  # type: ignore[no-any-return]
+        in_json: dict[str, Any] = json.loads(json.dumps(identity))
+        return in_json
 
 
 def make_weighting(text: str, num_tasks: int, **context: int) -> Weighting:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping, Sequence, Sized
 
     import torch
 
@@ -57,7 +57,8 @@ def batches(
             training wants it; otherwise all samples come in their order.
         generator: Source of the random order; None for torch's global one.
     """
-    rows = RandomSampler(data, generator=generator) if shuffle else SequentialSampler(data)  # type: ignore[arg-type]
+    sized = cast("Sized", data)  # which torch does not say of its data sets
+    rows = RandomSampler(sized, generator=generator) if shuffle else SequentialSampler(sized)
     return DataLoader(data, batch_size=None, sampler=BatchSampler(rows, batch_size, drop_last=shuffle))
 
 

@@ -111,7 +111,7 @@ def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stac
     first = grads[0]
     partial = first.new_empty((sum(slots), tiling.rows, tiling.rows), dtype=torch.float64)
     result = first.new_empty((num_tasks, num_tasks), dtype=torch.float64)
-    with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]  # torch does not annotate it
         for kind, table, sums in zip(groups, tables, torch.split(partial, slots), strict=True):
             _launch(kind, _to_device(table, first.device), sums, tiling)
         grid = (triton.cdiv(num_tasks**2, 16),)
