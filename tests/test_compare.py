@@ -182,6 +182,7 @@ def folder(tmp_path):
         ("digits", {"pairs_per_image": 1, "epochs": 1, "batch_size": 256}),
         ("tox21", {"epochs": 2, "batch_size": 10}),
         ("nyuv2", {"epochs": 1, "batch_size": 6, "width": 4}),
+        ("nyuv2", {"epochs": 1, "batch_size": 6, "width": 4, "stride": 2}),
     ],
 )
 def test_built_in_experiments_train(name, settings, folder):
@@ -195,6 +196,17 @@ def test_built_in_experiments_train(name, settings, folder):
     alone = experiment.tasks[-1]
     single = train(Run(source, "uniform", (alone,), seed=0))
     assert {m["task"] for m in single["metrics"]} == {alone}
+
+
+def test_stride_of_scenes(folder):
+    batch = next(iter(Source("nyuv2", folder, {"batch_size": 6, "stride": 3}).load().train_loader()))
+    assert {name: (*tensor.shape,) for name, tensor in batch.items()} == {
+        "image": (6, 3, 6, 8),
+        "segmentation": (6, 6, 8),
+        "depth": (6, 6, 8),
+    }
+    with pytest.raises(ValueError, match="stride: expected a positive integer, got 0"):
+        Source("nyuv2", folder, {"stride": 0}).load()
 
 
 @pytest.mark.parametrize("name", ["tox21", "nyuv2"])
