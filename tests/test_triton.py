@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,6 +188,13 @@ class TestNumerics:
         errors = (gram - expected)[keep][:, keep].abs() / norms[:, None] / norms[None, :]
         assert errors.max() < tolerance(dtype)
 
+    # The register kernel, and tiles on and off the diagonal.
+    @pytest.mark.parametrize(("num_tasks", "metric_dtype"), [*((3, dtype) for dtype in DTYPES), (70, torch.float16)])
+    def test_a_metric_of_any_dtype(self, num_tasks: int, metric_dtype: torch.dtype) -> None:
+        block, metric = randn(num_tasks, 45), randn(45, seed=9).abs().to(metric_dtype)
+        gram = triton_gram_of([block], num_tasks, [metric], stacked=True)
+        assert error(gram, [block], [metric], stacked=True) < 1e-13
+
     @pytest.mark.parametrize("num_tasks", [2, 9])
     def test_a_negative_metric_is_nan(self, num_tasks: int) -> None:
         gram = triton_gram_of([torch.ones(num_tasks, 40)], num_tasks, [torch.full((40,), -1.0)], stacked=True)
@@ -222,6 +230,86 @@ class TestNumerics:
     def test_direct_calls_are_checked(self, grads, num_tasks, metric, stacked, message) -> None:
         with pytest.raises(ValueError, match=message):
             triton_gram_of(grads, num_tasks, metric, stacked)
+
+
+# ---- weighted sums ---------------------------------------------------------------------------------------------------
+
+
+def assert_combined(
+    grads: Sequence[Tensor], num_tasks: int, stacked: bool = False, weights: Tensor | None = None
+) -> list[Tensor]:
+    """Combine, and compare with the reference; returns the sums."""
+    if weights is None:
+        weights = randn(num_tasks, seed=5, dtype=torch.float64)
+    with np.errstate(all="ignore"):
+        combined = triton_gram.combine([g.to(DEVICE) for g in grads], num_tasks, weights.to(DEVICE), stacked)
+    for actual, expected in zip(combined, reference.combine(grads, num_tasks, weights, stacked), strict=True):
+        summing = torch.finfo(torch.promote_types(actual.dtype, torch.float32)).eps
+        assert actual.stride() == expected.stride()
+        rounding = torch.finfo(actual.dtype).eps
+        torch.testing.assert_close(actual.cpu(), expected, rtol=rounding, atol=50 * summing, equal_nan=True)
+    return [c.cpu() for c in combined]
+
+
+class TestCombinations:
+    pytestmark = runs
+
+    @pytest.mark.parametrize("num_tasks", [1, 4, 9])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("stacked", [False, True])
+    def test_agree_with_the_reference(self, num_tasks: int, dtype: torch.dtype, stacked: bool) -> None:
+        blocks, _ = problem(num_tasks, dtype)
+        grads = blocks if stacked else [block[t] for t in range(num_tasks) for block in blocks]
+        if not stacked and num_tasks > 1:
+            grads[-1] = grads[-1].new_empty(0)
+            grads[0] = torch.empty(0, dtype=torch.float64)  # whatever its dtype
+        assert_combined(grads, num_tasks, stacked)
+
+    def test_keep_the_layout_that_the_tasks_share(self) -> None:
+        last = [randn(2, 4, 3, 5, seed=t).contiguous(memory_format=torch.channels_last) for t in range(2)]
+        columns = [
+            last,
+            [last[0], last[1].contiguous()],
+            [randn(5, 7, seed=t).T for t in range(2)],
+            [randn(5, 7, 2, seed=t)[..., 0] for t in range(2)],
+            [randn(1, seed=t).expand(40) for t in range(2)],
+            [randn(41, seed=t)[1:] for t in range(2)],
+            [randn(6, 1, 5), randn(6, 1, 5, seed=1).as_strided((6, 1, 5), (5, 77, 1))],
+            [torch.empty(0)] * 2,
+            [randn(300, seed=t, dtype=torch.bfloat16) for t in range(2)],
+        ]
+        assert_combined([column[t] for t in range(2) for column in columns], 2)
+        assert_combined([randn(2, 6, 5, 4).transpose(2, 3), randn(2, 6, 5, 4)[:, ::2]], 2, stacked=True)
+
+    def test_what_is_not_finite_shows_where_it_is(self) -> None:
+        grads = [randn(300, dtype=torch.float16), randn(300, seed=1, dtype=torch.float16), torch.empty(0)]
+        grads[0][7] = torch.inf
+        (combined,) = assert_combined(grads, 3, weights=torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64))
+        assert combined.isnan().nonzero().tolist() == [[7]]
+        (combined,) = assert_combined(grads, 3, weights=torch.tensor([1.0, 1.0, torch.nan], dtype=torch.float64))
+        assert combined.isnan().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_round_to_nearest(self, dtype: torch.dtype) -> None:
+        if INTERPRETED and dtype == torch.bfloat16:
+            pytest.skip("the interpreter cuts bits off; TestCode looks at the instruction")
+        values = torch.arange(0, 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        values = values[values.isfinite()]
+        weights = torch.tensor([0.5, 0.5], dtype=torch.float64)
+        (combined,) = assert_combined([values[1:], values[:-1]], 2, weights=weights)
+        assert torch.equal(combined, (0.5 * values[1:].float() + 0.5 * values[:-1].float()).to(dtype))
+
+    @pytest.mark.parametrize(
+        ("grads", "num_tasks", "weights", "message"),
+        [
+            ([torch.ones(2)] * 3, 2, torch.ones(2).double(), "3 tensors are not a multiple of num_tasks = 2"),
+            ([torch.ones(2)] * 2, 2, torch.ones(2), "expected float64 weights"),
+            ([torch.ones(2)] * 2, 2, torch.ones(3).double(), "expected float64 weights of shape .2."),
+        ],
+    )
+    def test_direct_calls_are_checked(self, grads, num_tasks, weights, message) -> None:
+        with pytest.raises(ValueError, match=message):
+            triton_gram.combine([g.to(DEVICE) for g in grads], num_tasks, weights.to(DEVICE), False)
 
 
 # ---- what a GPU alone can show ---------------------------------------------------------------------------------------
@@ -261,16 +349,21 @@ class TestOnGpu:
     @pytest.mark.parametrize("num_tasks", [4, 20])
     def test_is_captured_by_a_cuda_graph(self, num_tasks: int) -> None:
         grads = [randn(n, seed=t).cuda() for t in range(num_tasks) for n in (50_000, 77)]
+        weights = randn(num_tasks, dtype=torch.float64).cuda()
         triton_gram.gram(grads, num_tasks, [], False)
+        triton_gram.combine(grads, num_tasks, weights, False)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             gram = triton_gram.gram(grads, num_tasks, [], False)
+            combined = triton_gram.combine(grads, num_tasks, weights, False)
         for grad in grads:
             grad.copy_(torch.randn_like(grad))
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(gram, triton_gram.gram(grads, num_tasks, [], False))
+        again = triton_gram.combine(grads, num_tasks, weights, False)
+        assert all(torch.equal(a, b) for a, b in zip(combined, again, strict=True))
 
 
 # ---- the choice of the backend ---------------------------------------------------------------------------------------
@@ -284,7 +377,8 @@ torch.version.cuda = "13.0"
 sys.modules["gradstats._C_cuda"] = None
 import gradstats
 assert gradstats.backends()["triton"].available, gradstats.backends()
-assert torch._C._dispatch_has_kernel_for_dispatch_key("gradstats::gram", "CUDA")
+for name in ("gradstats::gram", "gradstats::combine"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
 assert "triton" not in sys.modules
 """
     env = {**os.environ, "GRADSTATS_BACKEND": ""}
@@ -322,31 +416,17 @@ def test_is_chosen_on_gpus_without_the_cuda_library(
 
 
 class Compiled:
-    """A kernel compiled for an architecture, as :func:`triton_gram.gram` would for a number of tasks and a kind."""
+    """A kernel compiled for an architecture; all pointers are aligned to 16 bytes."""
 
-    def __init__(self, num_tasks: int, kind: triton_gram.Kind, arch: int, **extra: object) -> None:
-        tiling = triton_gram.Tiling.of(num_tasks)
-        constants = {"WIDE": kind.wide, **kind.constants(), **extra}
-        signature = {"table": "*i64", "partial": "*fp64", "num_segments": "i32"}
-        if tiling.tile:
-            kernel, warps = triton_kernels.tile_kernel.fn, tiling.tile // 8
-            signature["num_rows"] = "i32"
-            constants = {"SAME": True, **constants, "TILE": tiling.tile, "CHUNK": tiling.chunk(kind.dtype)}
-        else:
-            kernel, warps = triton_kernels.register_kernel.fn, 4
-            chunk = tiling.chunk(kind.dtype)
-            constants |= {"NUM_ROWS": num_tasks, "LANES": 128, "VECTOR": chunk // 128}
-        if kind.wide:
-            constants["fits"] = None
-        else:
-            signature["fits"] = "*i32"
-        signature |= dict.fromkeys(constants, "constexpr")
+    def __init__(
+        self, kernel: Any, arch: int, signature: dict[str, str], constants: dict[str, Any], num_warps: int
+    ) -> None:
+        signature = signature | dict.fromkeys(constants, "constexpr")
         arguments = {name: signature[name] for name in kernel.arg_names}
         aligned = {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(arguments.values()) if kind.startswith("*")}
         source = triton.compiler.ASTSource(kernel, arguments, constants, aligned)
         target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
-        options = {"num_warps": warps, "num_stages": 3}
-        compiled = triton.compile(source, target=target, options=options)
+        compiled = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": 3})
         self.ptx: str = compiled.asm["ptx"]
         self.sass: str = compiled.asm["sass"]
 
@@ -359,6 +439,29 @@ class Compiled:
         return re.findall(r"(?:LDL|STL)\S*", self.sass)
 
 
+def compiled_gram(num_tasks: int, kind: triton_gram.Kind, arch: int, **extra: object) -> Compiled:
+    """The kernel of :func:`triton_gram.gram` for a number of tasks and a kind."""
+    tiling = triton_gram.Tiling.of(num_tasks)
+    chunk = tiling.chunk(kind.dtype)
+    signature = {"table": "*i64", "partial": "*fp64", "fits": "*i32", "num_segments": "i32", "num_rows": "i32"}
+    constants = {"WIDE": kind.wide, **kind.constants(), **extra}
+    if kind.wide:
+        constants["fits"] = None
+    if tiling.tile:
+        constants = {"SAME": True, **constants, "TILE": tiling.tile, "CHUNK": chunk}
+        return Compiled(triton_kernels.tile_kernel.fn, arch, signature, constants, tiling.tile // 8)
+    constants |= {"NUM_ROWS": num_tasks, "LANES": 128, "VECTOR": chunk // 128}
+    return Compiled(triton_kernels.register_kernel.fn, arch, signature, constants, 4)
+
+
+def compiled_combine(dtype: torch.dtype, arch: int, aligned: bool = True) -> Compiled:
+    """The kernel of :func:`triton_gram.combine`."""
+    signature = {"table": "*i64", "weights": "*fp64", "num_segments": "i32", "num_rows": "i32"}
+    constants = {"DTYPE": triton_gram._TRITON_DTYPES[dtype], "ALIGNED": aligned}
+    constants |= {"LANES": 128, "VECTOR": 16 // dtype.itemsize}
+    return Compiled(triton_kernels.combine_kernel, arch, signature, constants, 4)
+
+
 def kind(dtype: torch.dtype, metric_dtype: torch.dtype | None = None, aligned: bool = True) -> triton_gram.Kind:
     return triton_gram.Kind(dtype, metric_dtype, aligned)
 
@@ -369,19 +472,19 @@ class TestCode:
         ("arch", "dtype"), [(80, torch.float32), (100, torch.float32), *((90, dtype) for dtype in DTYPES)]
     )
     def test_few_tasks_stay_in_registers(self, arch: int, dtype: torch.dtype) -> None:
-        code = Compiled(3, kind(dtype), arch)
+        code = compiled_gram(3, kind(dtype), arch)
         assert code.count(r"ld\.global\S*\.(v4\.b32|v2\.b64)") == 3, "one read of 16 bytes of each row"
         assert ("DFMA" in code.sass) == (dtype == torch.float64), "float32 is multiplied in float32"
         assert not code.spills
 
     def test_tiles_off_the_diagonal_fit_in_registers(self) -> None:
-        assert not Compiled(70, kind(torch.float32), 80, SAME=False).spills
+        assert not compiled_gram(70, kind(torch.float32), 80, SAME=False).spills
 
     def test_eight_tasks_fit_in_registers(self) -> None:
-        assert not Compiled(8, kind(torch.float32), 90).spills
+        assert not compiled_gram(8, kind(torch.float32), 90).spills
 
     def test_unaligned_rows_are_not_read_by_16_bytes(self) -> None:
-        assert Compiled(3, kind(torch.float32, aligned=False), 90).count(r"ld\.global\S*\.v[24]") == 0
+        assert compiled_gram(3, kind(torch.float32, aligned=False), 90).count(r"ld\.global\S*\.v[24]") == 0
 
     @pytest.mark.parametrize(
         ("arch", "num_tasks", "dtype", "instruction"),
@@ -397,7 +500,7 @@ class TestCode:
     def test_many_tasks_go_to_tensor_cores(
         self, arch: int, num_tasks: int, dtype: torch.dtype, instruction: str
     ) -> None:
-        code = Compiled(num_tasks, kind(dtype), arch)
+        code = compiled_gram(num_tasks, kind(dtype), arch)
         assert code.count(instruction)
         assert re.search(r"cp\.async\.cg\S* \[[^]]*\], \[[^]]*\], (0x10|16)", code.ptx), "no copies of 16 bytes"
         assert not code.spills
@@ -406,6 +509,21 @@ class TestCode:
         ("dtype", "metric_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
     )
     def test_a_metric_is_multiplied_in_float64(self, dtype: torch.dtype, metric_dtype: torch.dtype) -> None:
-        code = Compiled(16, kind(dtype, metric_dtype), 90)
+        code = compiled_gram(16, kind(dtype, metric_dtype), 90)
         assert code.count(r"mma\.sync\S*\.f64\.f64")
         assert not code.count("tf32")
+
+    @pytest.mark.parametrize(
+        ("arch", "dtype"), [(80, torch.float32), (100, torch.float32), *((90, dtype) for dtype in DTYPES)]
+    )
+    def test_weighted_sums_move_16_bytes_at_a_time(self, arch: int, dtype: torch.dtype) -> None:
+        code = compiled_combine(dtype, arch)
+        at_once = triton_kernels.AT_ONCE.value
+        assert code.count(r"ld\.global\S*\.(v4\.b32|v2\.b64)") == at_once, "one read of 16 bytes of each row"
+        assert code.count(r"st\.global\S*\.(v4\.b32|v2\.b64)")
+        assert ("DFMA" in code.sass) == (dtype == torch.float64), "float32 is multiplied in float32"
+        assert dtype != torch.bfloat16 or code.count(r"cvt\.rn\S*\.bf16"), "rounded to nearest"
+        assert not code.spills
+
+    def test_weighted_sums_of_unaligned_rows(self) -> None:
+        assert compiled_combine(torch.float32, 90, aligned=False).count(r"(ld|st)\.global\S*\.v[24]") == 0

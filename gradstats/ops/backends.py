@@ -50,11 +50,18 @@ def _gram_by_triton(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Te
     return triton_gram.gram(grads, num_tasks, metric, stacked)
 
 
+def _combine_by_triton(grads: Sequence[Tensor], num_tasks: int, weights: Tensor, stacked: bool) -> list[Tensor]:
+    from gradstats.ops import triton_gram
+
+    return triton_gram.combine(grads, num_tasks, weights, stacked)
+
+
 def _register_triton() -> tuple[bool, str]:
-    """Register the Triton kernel, which is imported and compiled when it is first used."""
+    """Register the Triton kernels, which are imported and compiled when they are first used."""
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed"
     _triton_library.impl("gram", _gram_by_triton, "CUDA")
+    _triton_library.impl("combine", _combine_by_triton, "CUDA")
     return True, "compiled on first use"
 
 

@@ -1,4 +1,4 @@
-"""The Triton backend: ``gradstats::gram`` on GPUs for which the CUDA library is not compiled.
+"""The Triton backend: ``gradstats::gram`` and ``combine`` on GPUs for which the CUDA library is not compiled.
 
 This is the host side. It writes the addresses of the gradients into a table, cuts their entries into slots and
 launches the kernels of :mod:`gradstats.ops.triton_kernels`, without waiting for the device.
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradstats.ops import triton_kernels
+from gradstats.ops import reference, triton_kernels
 
 Table: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -26,12 +26,11 @@ _TRITON_DTYPES = {
     torch.float64: tl.float64,
 }
 _MAX_REGISTER_ROWS = 8  # up to so many tasks, the sums of all pairs fit in registers
-_LANES = 128  # threads of the register kernel
+_LANES = 128  # threads of the register kernel and of the weighted sums
 _VECTOR_BYTES = 16  # what each of them reads of a row at a time
 _MAX_TILE = 64  # tasks on each side of a tile of pairs
-_TILE_BYTES = (
-    64  # what the tile kernel reads of a row at a time: short sums, as tensor cores cut bits off when they add
-)
+# What the tile kernel reads of a row at a time: short sums, as tensor cores cut bits off when they add.
+_TILE_BYTES = 64
 
 # Slots are ranges of chunks that are summed apart. Their number depends on sizes alone, never on the device.
 _MIN_SLOTS, _MAX_SLOTS = 16, 2048
@@ -43,28 +42,28 @@ class Kind(NamedTuple):
     """What the parameters of one launch have in common."""
 
     dtype: torch.dtype
-    metric_dtype: torch.dtype | None
+    beside_dtype: torch.dtype | None  # of the metric, or of what the gradients are combined to
     aligned: bool  # all addresses, to 16 bytes
 
     def constants(self) -> dict[str, Any]:
         """The kernels' arguments that they are compiled for."""
         return {
             "DTYPE": _TRITON_DTYPES[self.dtype],
-            "METRIC_DTYPE": _TRITON_DTYPES[self.metric_dtype] if self.metric_dtype else None,
+            "METRIC_DTYPE": _TRITON_DTYPES[self.beside_dtype] if self.beside_dtype else None,
             "ALIGNED": self.aligned,
         }
 
     @property
     def wide(self) -> bool:
         """Whether products are formed in float64 from the start."""
-        return self.dtype == torch.float64 or self.metric_dtype is not None
+        return self.dtype == torch.float64 or self.beside_dtype is not None
 
 
 class Parameter(NamedTuple):
     """The gradients of one parameter as the kernels read them: runs of ``numel`` entries."""
 
     addresses: list[int]  # 0: zeros
-    metric_address: int
+    beside: int  # address of the metric, or of what the gradients are combined to
     numel: int
     kind: Kind
     tensors: Sequence[Tensor]  # copies must live until they are read
@@ -102,9 +101,7 @@ def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stac
     Gradients are read where they lie if all tasks share a parameter's strides and these are dense; others are copied.
     The first call for a kind of gradients compiles and tunes the kernels, which a CUDA graph cannot capture.
     """
-    groups: dict[Kind, list[Parameter]] = {}
-    for parameter in _parameters(grads, num_tasks, metric, stacked):
-        groups.setdefault(parameter.kind, []).append(parameter)
+    groups = _by_kind(_parameters(grads, num_tasks, metric, stacked))
     tiling = Tiling.of(num_tasks)
     tables = [_table(group, tiling) for group in groups.values()]
     slots = [tiling.num_slots(int(table[-1, -1])) for table in tables]
@@ -121,86 +118,132 @@ def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stac
     return result
 
 
+def combine(grads: Sequence[Tensor], num_tasks: int, weights: Tensor, stacked: bool) -> list[Tensor]:
+    """Kernel of ``gradstats::combine``; the arguments are described at :func:`gradstats.ops.combine`.
+
+    As for :func:`gram`, gradients that do not lie alike are copied, and the first call compiles.
+    """
+    _count_parameters(grads, num_tasks, stacked)
+    first = grads[0]
+    if weights.dtype != torch.float64 or weights.shape != (num_tasks,) or weights.device != first.device:
+        raise ValueError(f"gradstats::combine: expected float64 weights of shape [{num_tasks}] on {first.device}")
+    combined = [reference.empty_combination(rows) for rows in reference.rows_by_parameter(grads, num_tasks, stacked)]
+    # Tasks that do not exist have no gradients, and weights of 0.
+    tiling = Tiling(triton.cdiv(num_tasks, triton_kernels.AT_ONCE.value) * triton_kernels.AT_ONCE.value, 0)
+    padded = torch.nn.functional.pad(weights, (0, tiling.rows - num_tasks))
+    with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]  # torch does not annotate it
+        for kind, group in _by_kind(_parameters(grads, num_tasks, combined, stacked)).items():
+            table = _table(group, tiling)
+            grid = (min(int(table[-1, -1]), _MAX_SLOTS),)
+            triton_kernels.combine_kernel[grid](
+                _to_device(table, first.device),
+                padded,
+                len(group),
+                tiling.rows,
+                DTYPE=_TRITON_DTYPES[kind.dtype],
+                ALIGNED=kind.aligned,
+                LANES=_LANES,
+                VECTOR=_VECTOR_BYTES // kind.dtype.itemsize,
+                num_warps=_LANES // 32,
+            )
+    return combined
+
+
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _parameters(
-    grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stacked: bool
-) -> Iterator[Parameter]:
-    """The parameters that have entries. Checks what keeps a direct call of the operator from reading out of bounds."""
+def _count_parameters(grads: Sequence[Tensor], num_tasks: int, stacked: bool) -> int:
     if num_tasks < 1 or not grads:
-        raise ValueError("gradstats::gram: expected at least one task and one tensor")
-    if not stacked and len(grads) % num_tasks:
-        raise ValueError(f"gradstats::gram: {len(grads)} tensors are not a multiple of num_tasks = {num_tasks}")
-    num_params = len(grads) if stacked else len(grads) // num_tasks
-    if metric and len(metric) != num_params:
-        raise ValueError(f"gradstats::gram: expected a metric of {num_params} tensors, got {len(metric)}")
+        raise ValueError("gradstats: expected at least one task and one tensor")
+    if stacked:
+        if any(block.ndim == 0 or block.shape[0] != num_tasks for block in grads):
+            raise ValueError("gradstats: expected stacked blocks of shape [num_tasks, ...]")
+        return len(grads)
+    if len(grads) % num_tasks:
+        raise ValueError(f"gradstats: {len(grads)} tensors are not a multiple of num_tasks = {num_tasks}")
+    return len(grads) // num_tasks
+
+
+def _parameters(
+    grads: Sequence[Tensor], num_tasks: int, beside: Sequence[Tensor], stacked: bool
+) -> Iterator[Parameter]:
+    """The parameters that have entries. Checks what keeps a direct call of the operator from reading out of bounds.
+
+    ``beside`` is the metric, what the gradients are combined to, or empty.
+    """
+    num_params = _count_parameters(grads, num_tasks, stacked)
+    if beside and len(beside) != num_params:
+        raise ValueError(f"gradstats: expected a metric of {num_params} tensors, got {len(beside)}")
     device = grads[0].device
     for k in range(num_params):
-        scale = metric[k : k + 1]
-        if stacked:
-            if grads[k].ndim == 0 or grads[k].shape[0] != num_tasks:
-                raise ValueError("gradstats::gram: expected stacked blocks of shape [num_tasks, ...]")
-            if grads[k].numel():
-                yield _stacked_parameter(grads[k], scale, device)
-        else:
+        if stacked and grads[k].numel():
+            yield _stacked_parameter(grads[k], beside[k : k + 1], device)
+        elif not stacked:
             rows = grads[k::num_params]
             present = [row for row in rows if row.numel()]
             if present:
-                yield _listed_parameter(rows, present, scale, device)
+                yield _listed_parameter(rows, present, beside[k : k + 1], device)
+
+
+def _by_kind(parameters: Iterator[Parameter]) -> dict[Kind, list[Parameter]]:
+    groups: dict[Kind, list[Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.kind, []).append(parameter)
+    return groups
 
 
 def _listed_parameter(
-    rows: Sequence[Tensor], present: Sequence[Tensor], scale: Sequence[Tensor], device: torch.device
+    rows: Sequence[Tensor], present: Sequence[Tensor], beside: Sequence[Tensor], device: torch.device
 ) -> Parameter:
     first = present[0]
     if any(row.shape != first.shape or row.dtype != first.dtype for row in present):
-        raise ValueError("gradstats::gram: tensors of one parameter differ in shape or dtype")
-    _check(first.shape, present, scale, device)
-    if not _lie_alike(first.shape, {tensor.stride() for tensor in (*present, *scale)}):
-        rows, scale = [row.contiguous() for row in rows], [d.contiguous() for d in scale]
+        raise ValueError("gradstats: tensors of one parameter differ in shape or dtype")
+    _check(first.shape, present, beside, device)
+    if not _lie_alike(first.shape, [tensor.stride() for tensor in (*present, *beside)]):
+        rows, beside = [row.contiguous() for row in rows], [d.contiguous() for d in beside]
     addresses = [row.data_ptr() if row.numel() else 0 for row in rows]
-    return _parameter(addresses, first.dtype, first.numel(), rows, scale)
+    return _parameter(addresses, first.dtype, first.numel(), rows, beside)
 
 
-def _stacked_parameter(block: Tensor, scale: Sequence[Tensor], device: torch.device) -> Parameter:
+def _stacked_parameter(block: Tensor, beside: Sequence[Tensor], device: torch.device) -> Parameter:
     shape = block.shape[1:]
-    _check(shape, [block], scale, device)
-    if not _lie_alike(shape, {block.stride()[1:], *(d.stride() for d in scale)}):
-        block, scale = block.contiguous(), [d.contiguous() for d in scale]
+    _check(shape, [block], beside, device)
+    if not _lie_alike(shape, [block.stride()[1:], *(d.stride() for d in beside)]):
+        block, beside = block.contiguous(), [d.contiguous() for d in beside]
     step = block.stride(0) * block.itemsize
     addresses = [block.data_ptr() + t * step for t in range(block.shape[0])]
-    return _parameter(addresses, block.dtype, shape.numel(), [block], scale)
+    return _parameter(addresses, block.dtype, shape.numel(), [block], beside)
 
 
-def _check(shape: torch.Size, rows: Sequence[Tensor], scale: Sequence[Tensor], device: torch.device) -> None:
-    if any(tensor.dtype not in _TRITON_DTYPES for tensor in (rows[0], *scale)):
-        raise ValueError("gradstats::gram: expected float32, float64, float16 or bfloat16 tensors")
-    if any(tensor.device != device for tensor in (*rows, *scale)):
-        raise ValueError(f"gradstats::gram: expected all tensors on {device}")
-    if scale and scale[0].shape != shape:
-        raise ValueError("gradstats::gram: expected a metric of the gradients' shapes")
+def _check(shape: torch.Size, rows: Sequence[Tensor], beside: Sequence[Tensor], device: torch.device) -> None:
+    if any(tensor.dtype not in _TRITON_DTYPES for tensor in (rows[0], *beside)):
+        raise ValueError("gradstats: expected float32, float64, float16 or bfloat16 tensors")
+    if any(tensor.device != device for tensor in (*rows, *beside)):
+        raise ValueError(f"gradstats: expected all tensors on {device}")
+    if beside and beside[0].shape != shape:
+        raise ValueError("gradstats: expected a metric of the gradients' shapes")
 
 
 def _parameter(
-    addresses: list[int], dtype: torch.dtype, numel: int, rows: Sequence[Tensor], scale: Sequence[Tensor]
+    addresses: list[int], dtype: torch.dtype, numel: int, rows: Sequence[Tensor], beside: Sequence[Tensor]
 ) -> Parameter:
-    metric_address = scale[0].data_ptr() if scale else 0
-    aligned = all(address % _VECTOR_BYTES == 0 for address in (*addresses, metric_address))
-    kind = Kind(dtype, scale[0].dtype if scale else None, aligned)
-    return Parameter(addresses, metric_address, numel, kind, [*rows, *scale])
+    address = beside[0].data_ptr() if beside else 0
+    aligned = all(each % _VECTOR_BYTES == 0 for each in (*addresses, address))
+    kind = Kind(dtype, beside[0].dtype if beside else None, aligned)
+    return Parameter(addresses, address, numel, kind, [*rows, *beside])
 
 
-def _lie_alike(shape: torch.Size, strides: set[tuple[int, ...]]) -> bool:
+def _lie_alike(shape: torch.Size, strides: Sequence[tuple[int, ...]]) -> bool:
     """Whether tensors of these strides all visit one run of memory in the same order."""
-    if len(strides) > 1:
+    # Strides along sides of length 1 mean nothing.
+    layouts = {tuple((s, n) for s, n in zip(of_one, shape, strict=True) if n != 1) for of_one in strides}
+    if len(layouts) > 1:
         return False
     run = 1
-    for stride, size in sorted(zip(strides.pop(), shape, strict=True)):
-        if size != 1:
-            if stride != run:
-                return False
-            run *= size
+    for stride, size in sorted(layouts.pop()):
+        if stride != run:
+            return False
+        run *= size
     return True
 
 
@@ -214,7 +257,7 @@ def _table(parameters: Sequence[Parameter], tiling: Tiling) -> Table:
     numel = np.array([p.numel for p in parameters])
     chunk = tiling.chunk(parameters[0].kind.dtype)
     columns = table[:, tiling.rows :]
-    columns[:-1, triton_kernels.METRIC.value] = [p.metric_address for p in parameters]
+    columns[:-1, triton_kernels.BESIDE.value] = [p.beside for p in parameters]
     columns[:-1, triton_kernels.NUMEL.value] = numel
     columns[1:, triton_kernels.START.value] = np.cumsum(-(-numel // chunk))
     return table

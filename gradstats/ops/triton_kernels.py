@@ -1,12 +1,14 @@
 """The Triton kernels of :mod:`gradstats.ops.triton_gram`, which lays out what they read.
 
-``register_kernel`` (few tasks) and ``tile_kernel`` (many) add up the products of one slot of entries in each program,
-and ``reduce_kernel`` adds up the slots in order. Nothing is added atomically, and nothing that decides the order of a
-sum depends on the device or on what the autotuner picks: results are bitwise reproducible.
+For Gramians, ``register_kernel`` (few tasks) and ``tile_kernel`` (many) add up the products of one slot of entries in
+each program, and ``reduce_kernel`` adds up the slots in order. Nothing is added atomically, and nothing that decides
+the order of a sum depends on the device or on what the autotuner picks: results are bitwise reproducible.
 
 Products of float32 and narrower types are formed in float32, and few of them are added up before they go to float64.
 A slot with an entry whose square float32 cannot hold is done again in float64, as is float64 itself and whatever has
 a metric.
+
+``combine_kernel`` makes the weighted sums.
 """
 
 import triton
@@ -14,7 +16,7 @@ import triton.language as tl
 
 # A row of the table is a segment: the gradients of one parameter. It holds their NUM_ROWS addresses (0: no gradient),
 # then these columns. The row behind the last segment has START alone.
-METRIC = tl.constexpr(0)  # address of the metric, if there is one
+BESIDE = tl.constexpr(0)  # address of what lies beside the gradients: their metric, or what they are combined to
 NUMEL = tl.constexpr(1)  # entries of each gradient
 START = tl.constexpr(2)  # chunks of all segments before this one
 COLUMNS = tl.constexpr(3)
@@ -73,18 +75,21 @@ def _part(segment, begin, end, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _read(address, offsets, numel, TAIL: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Entries of gradients by their addresses; zeros where there is none and, in a tail, from ``numel`` on.
-
-    ``offsets`` has two dimensions, the last of which is a run: it is read by 16 bytes where it is aligned and whole.
-    """
+def _places(address, offsets, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers to entries. ``offsets`` has two dimensions, the last of which is a run: if aligned, of 16 bytes."""
     at = address.to(tl.pointer_type(DTYPE)) + offsets
     if ALIGNED:
         at = tl.max_contiguous(tl.multiple_of(at, [16, 16]), [1, at.shape[1]])
+    return at
+
+
+@triton.jit
+def _read(address, offsets, numel, TAIL: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Entries of gradients by their addresses; zeros where there is none and, in a tail, from ``numel`` on."""
     mask = address != 0
     if TAIL:
         mask = mask & (offsets < numel)
-    return tl.load(at, mask=mask, other=0.0)
+    return tl.load(_places(address, offsets, DTYPE, ALIGNED), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -103,7 +108,7 @@ def _root(segment, offsets, numel, TAIL: tl.constexpr, METRIC_DTYPE: tl.constexp
     if METRIC_DTYPE is None:
         root = 1.0
     else:
-        metric = _read(tl.load(segment + METRIC), offsets, numel, TAIL, METRIC_DTYPE, ALIGNED)
+        metric = _read(tl.load(segment + BESIDE), offsets, numel, TAIL, METRIC_DTYPE, ALIGNED)
         root = tl.sqrt(_widen(metric))
     return root
 
@@ -445,3 +450,60 @@ def reduce_kernel(partial, gram, num_slots, num_tasks, num_rows, SLOTS: tl.const
         other = tl.load(of_slot + (j * num_rows + i)[None, :], mask=mask, other=0.0)
         sums += one + other  # in one step, so that (i, j) and (j, i) round alike
     tl.store(gram + pair, 0.5 * tl.sum(sums, axis=0), mask=inside)
+
+
+# ---- weighted sums ---------------------------------------------------------------------------------------------------
+
+#: Tasks whose gradients are on their way together.
+AT_ONCE = tl.constexpr(4)
+
+
+@triton.jit
+def _combine(
+    weights,
+    segment,
+    offsets,
+    numel,
+    num_rows,
+    TAIL: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Write a chunk of the weighted sums, which are formed in the order of the tasks and rounded once."""
+    SUM: tl.constexpr = tl.float64 if DTYPE.primitive_bitwidth == 64 else tl.float32
+    total = tl.zeros(offsets.shape, SUM)
+    for first in range(0, num_rows, AT_ONCE):
+        rows = ()
+        for t in tl.static_range(AT_ONCE):
+            rows += (_read(tl.load(segment - num_rows + first + t), offsets, numel, TAIL, DTYPE, ALIGNED),)
+        for t in tl.static_range(AT_ONCE):
+            total += tl.load(weights + first + t).to(SUM) * rows[t].to(SUM)
+    at = _places(tl.load(segment + BESIDE), offsets, DTYPE, ALIGNED)
+    tl.store(at, total.to(DTYPE), mask=offsets < numel if TAIL else None)
+
+
+@triton.jit(do_not_specialize=["num_segments"])
+def combine_kernel(
+    table,
+    weights,
+    num_segments,
+    num_rows,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Write the weighted sums over the chunks of slot ``program_id(0)``, with ``weights`` [num_rows]."""
+    width = num_rows + COLUMNS
+    columns = table + num_rows
+    lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    begin, end, first, last = _slot(columns, num_segments, width)
+    for k in range(first, last):
+        segment = columns + k * width
+        start, whole, stop, numel = _part(segment, begin, end, LANES * VECTOR, width)
+        for chunk in range(start, stop):
+            at = lanes + chunk * (LANES * VECTOR)
+            if chunk < whole:
+                _combine(weights, segment, at, numel, num_rows, False, DTYPE, ALIGNED)
+            else:
+                _combine(weights, segment, at, numel, num_rows, True, DTYPE, ALIGNED)
