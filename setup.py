@@ -51,7 +51,7 @@ def extensions() -> list:
     found = [
         CppExtension(
             "gradstats._C",
-            ["csrc/cpu/gram.cpp", "csrc/cpu/limits.cpp"],
+            ["csrc/cpu/gram.cpp", "csrc/cpu/dual_cone.cpp", "csrc/cpu/limits.cpp"],
             depends=HEADERS,
             extra_compile_args=[*COMMON_FLAGS, "-g0", "-Wall"],
             py_limited_api=True,

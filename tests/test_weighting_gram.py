@@ -16,6 +16,7 @@ from torchjd.linalg import QuadprogProjector
 
 import gradstats
 from gradstats import GradStats, Scalarizer
+from gradstats.ops import dual_cone as compiled
 from gradstats.weighting import available, create, facts
 from gradstats.weighting.solvers import dual_cone, nonnegative_qp, positive_definite
 from gradstats.weighting.two_batch import projected
@@ -239,6 +240,108 @@ def test_projections_of_two_tasks_are_the_closed_form(seed):
     expected = torch.maximum(vector(1, 1), -gram[0, 1] / gram.diagonal()) / 2
     torch.testing.assert_close(create("dualproj", 2).from_gram(gram), expected)
     torch.testing.assert_close(create("pcgrad", 2).from_gram(gram), torch.stack([first, second]))
+
+
+# ---- projections, compiled ------------------------------------------------------------------------------------------
+
+PROJECTIONS = {"upgrad": True, "dualproj": False}
+needs_compiled = pytest.mark.skipif(not gradstats.backends()["cpu"].available, reason="needs the compiled CPU library")
+
+
+def interpreted(name: str, gram: Tensor) -> Tensor:
+    """The weights without the compiled code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "_available", False)
+        return create(name, len(gram)).from_gram(gram)
+
+
+@needs_compiled
+@given(
+    name=st.sampled_from(list(PROJECTIONS)),
+    kind=st.sampled_from(("plain", "dependent", "duplicates", "opposite", "uneven")),
+    num_tasks=st.integers(1, 20),
+    scale=st.sampled_from((1e-12, 1.0, 1e12)),
+    seed=st.integers(0, 10**6),
+)
+def test_compiled_projections_are_the_interpreted_ones(name, kind, num_tasks, scale, seed):
+    generator = np.random.default_rng(seed)
+    units = generator.standard_normal((num_tasks, max(num_tasks // 2, 1) if kind == "dependent" else num_tasks + 3))
+    if kind in ("duplicates", "opposite"):
+        units = units[generator.integers(0, num_tasks, num_tasks)]
+    if kind == "opposite":
+        units *= generator.choice([-1.0, 1.0], num_tasks)[:, None]
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    spread = 6 if kind == "uneven" else 1
+    norms = scale * 10.0 ** generator.uniform(-spread, spread, num_tasks)
+    gram = torch.from_numpy(norms[:, None] * (units @ units.T) * norms)
+    weights = compiled.weights(gram.numpy(), each=PROJECTIONS[name])
+    # Coefficients of the unit gradients; dependent ones leave them open, but not what they combine to.
+    ours, theirs = (norms / norms.max() * np.asarray(w) for w in (weights, interpreted(name, gram)))
+    size = 1.0 + np.abs(ours).max()
+    if kind in ("plain", "uneven"):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-7 * size)
+    assert np.linalg.norm((ours - theirs) @ units) <= 1e-6 * size
+    assert (weights >= 1 / num_tasks).all()
+    assert (units @ units.T @ ours).min() >= -1e-6 * size
+
+
+@needs_compiled
+@pytest.mark.parametrize("num_tasks", [2, 3, 4])
+@pytest.mark.parametrize("seed", range(10))
+def test_compiled_projections_are_the_shortest_of_all_faces(num_tasks, seed):
+    gram = gram_of("conflicting" if seed % 2 else "random", num_tasks, seed).numpy()
+
+    def projection(target: np.ndarray) -> np.ndarray:
+        """The best of all choices of the entries that stay at the target."""
+        found = []
+        for size in range(num_tasks + 1):
+            for free in map(list, itertools.combinations(range(num_tasks), size)):
+                v = target.copy()
+                v[free] -= np.linalg.solve(gram[np.ix_(free, free)], gram[free] @ target)
+                if (v >= target - 1e-12).all():
+                    found.append(v)
+        return min(found, key=lambda v: v @ gram @ v)
+
+    targets = np.eye(num_tasks) / num_tasks
+    upgrad, dualproj = (compiled.weights(gram, each=each) for each in (True, False))
+    np.testing.assert_allclose(upgrad, sum(projection(target) for target in targets), rtol=1e-9)
+    np.testing.assert_allclose(dualproj, projection(targets.sum(0)), rtol=1e-9)
+
+
+@needs_compiled
+@pytest.mark.parametrize("each", [True, False])
+def test_compiled_projections_of_many_dependent_gradients(each):
+    """Guesses that are wrong for many rounds, with any number of threads."""
+    jacobian = np.random.default_rng(0).standard_normal((64, 32))
+    gram = jacobian @ jacobian.T
+    weights = compiled.weights(gram, each=each)
+    torch.set_num_threads(3)  # the fixture resets it
+    np.testing.assert_array_equal(compiled.weights(gram, each=each), weights)
+    size = weights.max() * np.abs(jacobian).max()
+    assert (gram @ weights / gram.diagonal() ** 0.5).min() >= -1e-6 * size
+    expected = interpreted("upgrad" if each else "dualproj", torch.from_numpy(gram)).numpy()
+    np.testing.assert_allclose(weights @ jacobian, expected @ jacobian, atol=1e-6 * size)
+
+
+@needs_compiled
+def test_compiled_projections_decline_what_needs_care():
+    careful = {"one zero", "two zeros", "no gradient at all", "NaN", "row of inf", "stray NaN", "nothing finite"}
+    careful |= {"negative square", "indefinite"}
+    declined = {case for case in DEGENERATE if compiled.weights(DEGENERATE[case].double().numpy(), each=True) is None}
+    assert declined == careful
+    for wrong in (torch.eye(2), torch.zeros(2, 3).double(), torch.zeros(0, 0).double(), torch.zeros(4).double()):
+        with pytest.raises(RuntimeError, match=r"expected a float64 Gramian of shape \[T, T\]"):
+            torch.ops.gradstats._dual_cone(wrong, True)
+
+
+@needs_compiled
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_compiled_projections_take_any_strides(name):
+    gram = gram_of("conflicting", 8)
+    expected = create(name, 4).from_gram(gram[::2, ::2].clone())
+    for view in (gram[::2, ::2], gram[::2, ::2].T, gram[::2, ::2].expand(2, 4, 4)):
+        weights = create(name, 4).from_gram(view)
+        assert torch.equal(weights, expected.expand_as(weights))
 
 
 # ---- CAGrad ---------------------------------------------------------------------------------------------------------

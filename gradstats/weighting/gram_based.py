@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gradstats.ops import dual_cone
 from gradstats.weighting import solvers
 from gradstats.weighting.base import Facts, Weighting
 
@@ -357,7 +358,17 @@ class _AroundTheMean(DirectionWeighting):
         return 1.0 / max(num_known, 1)
 
 
-class UPGrad(_AroundTheMean):
+class _Projection(_AroundTheMean):
+    """A projection onto the cone of directions that conflict with no gradient: compiled, where that will do."""
+
+    EACH: ClassVar[bool]  # whether every gradient is projected, or the mean alone
+
+    def _weigh(self, gram: Array) -> Array:
+        weights = dual_cone.weights(gram, each=self.EACH)
+        return super()._weigh(gram) if weights is None else weights
+
+
+class UPGrad(_Projection):
     """UPGrad (Quinton & Rey, arXiv 2406.16232): the mean of the gradients, each made to agree with all.
 
     Every ``g_i / T`` is projected onto the cone of directions that conflict with no gradient, and the projections are
@@ -377,6 +388,8 @@ class UPGrad(_AroundTheMean):
         tested="KKT; SciPy; TorchJD",
     )
 
+    EACH = True
+
     def _solve(self, gradients: Gradients) -> Array:
         lengths = gradients.lengths
         units = solvers.dual_cone(gradients.cosine, np.eye(len(lengths)))  # of unit gradients; the cone has no scale
@@ -384,7 +397,7 @@ class UPGrad(_AroundTheMean):
         return weights / gradients.num_known
 
 
-class DualProj(_AroundTheMean):
+class DualProj(_Projection):
     """The mean gradient, made to agree with all (Lopez-Paz & Ranzato, arXiv 1706.08840, for continual learning).
 
     The projection of ``Σ g_i / T`` onto the cone of directions that conflict with no gradient, so ``G w ≥ 0``:
@@ -403,6 +416,8 @@ class DualProj(_AroundTheMean):
         sign="> 0",
         tested="KKT; SciPy; TorchJD",
     )
+
+    EACH = False
 
     def _solve(self, gradients: Gradients) -> Array:
         lengths = gradients.lengths

@@ -23,7 +23,6 @@ RIDGE = 1e-12
 _STATIONARY = 1e-6  # a convex combination this short, beside the shortest gradient, counts as zero
 _BLOCK = 2**18  # entries of all systems that are solved at once
 _EXCHANGES = 8  # rounds in which all that is wrong is exchanged
-_FEW, _GUESSES, _RELAXED = 64, 12, 1.6  # with more unknowns than that, the first guess is worth so many steps
 
 
 def positive_definite(cosine: Array) -> Array:
@@ -44,19 +43,19 @@ def nonnegative_qp(matrix: Array, linear: Array, guess: Mask | None = None) -> A
     Block principal pivoting (Júdice & Pires, 1994; for many right-hand sides Kim & Park, 2011): guess which entries are
     positive, solve for those, exchange the entries that contradict the guess, repeat; one or two rounds are usual. All
     problems advance at once. Exchanging everything may cycle, so that after some rounds single entries are exchanged:
-    the most wrong one, and at last, which is slow but sure to end (Murty's rule), that of the highest index. The first
-    guess, from steps of the alternating direction method of multipliers, is our choice, as are the numbers of rounds.
+    the most wrong one, and at last, which is slow but sure to end (Murty's rule), that of the highest index. The
+    numbers of rounds are our choice. ``csrc/cpu/dual_cone.cpp`` does the same.
 
     Args:
         matrix: ``A``, positive definite with entries of order 1, ``[T, T]``.
         linear: ``b`` of ``K`` problems, ``[K, T]``.
-        guess: Which entries are probably positive, ``[K, T]``.
+        guess: Which entries are probably positive, ``[K, T]``; None for those of ``linear``.
 
     Returns:
         ``[K, T]``.
     """
     num_problems, num_tasks = linear.shape
-    passive = _positive_guess(matrix, linear) if guess is None else guess.copy()
+    passive = linear > 0.0 if guess is None else guess.copy()
     solution = np.zeros_like(linear)
     todo = np.arange(num_problems)
     for count in range(20 * num_tasks):
@@ -77,22 +76,6 @@ def nonnegative_qp(matrix: Array, linear: Array, guess: Mask | None = None) -> A
             wrong &= np.arange(num_tasks) == single[:, None]
         passive[todo] ^= wrong
     return solution
-
-
-def _positive_guess(matrix: Array, linear: Array) -> Mask:
-    """Which entries of the solutions are probably positive: a few steps of the alternating direction method."""
-    if linear.size <= _FEW:
-        return linear > 0.0
-    # Each step solves without the bounds, at unit penalty as the diagonal is about 1, and projects; slack is the dual.
-    resolvent = np.linalg.inv(matrix + np.eye(len(matrix)))
-    free = linear @ resolvent
-    point, slack = np.maximum(linear, 0.0), np.zeros_like(linear)
-    for _ in range(_GUESSES):
-        found = free + (point - slack) @ resolvent
-        raw = slack + _RELAXED * found + (1.0 - _RELAXED) * point
-        point = np.maximum(raw, 0.0)
-        slack = raw - point
-    return point > 0.0
 
 
 def _solved_on(matrix: Array, linear: Array, passive: Mask) -> Array:
