@@ -48,13 +48,14 @@ class _Learned(Weighting):
 
     def _learn(self, gradient: Tensor) -> None:
         """One step down ``gradient``, float64 ``[T]``, of the tasks where it is finite."""
-        known = gradient.square().isfinite()
-        gradient = torch.where(known, gradient, 0.0)
+        square = gradient.square()
+        known = square < torch.inf  # NaN is not
         count = self.count + 1.0
         first = torch.lerp(gradient, self.first_moment, _BETAS[0])
-        second = torch.lerp(gradient.square(), self.second_moment, _BETAS[1])
-        mean, square = (m / (1.0 - beta**count) for m, beta in zip((first, second), _BETAS, strict=True))
-        learned = self.learned - self.lr * mean / (square.sqrt() + _EPS)
+        second = torch.lerp(square, self.second_moment, _BETAS[1])
+        so_far = [-torch.expm1(count * math.log(beta)) for beta in _BETAS]  # 1 - beta^count, as moments start from zero
+        step = (first / so_far[0]) / ((second / so_far[1]).sqrt() + _EPS)
+        learned = torch.sub(self.learned, step, alpha=self.lr)
         after = {"learned": learned, "first_moment": first, "second_moment": second, "count": count}
         for name, value in after.items():
             setattr(self, name, torch.where(known, value, getattr(self, name)))
@@ -273,7 +274,7 @@ class FAMO(_Learned):
         tested="autograd and torch.optim.Adam; TorchJD",
     )
 
-    STATE = (*_Learned.STATE, "before")
+    STATE = (*_Learned.STATE, "before", "pending")
 
     def __init__(
         self,
@@ -289,7 +290,8 @@ class FAMO(_Learned):
         self.weight_decay = weight_decay
         self.min_losses = checked_numbers("min_losses", min_losses, num_tasks, default=0.0)
         self.weights = torch.full_like(self.weights, 1.0 / num_tasks)
-        self.before = torch.full_like(self.weights, torch.nan)  # log D at the last step, until its effect is known
+        self.before = torch.zeros_like(self.weights)  # log D at the last step
+        self.pending = 0  # whether its effect is still to be learned from
 
     @property
     def needs(self) -> frozenset[str]:
@@ -299,7 +301,7 @@ class FAMO(_Learned):
     def forward(self, losses: Tensor, stats: GradStats | None = None) -> Tensor:
         """The weights of the current losses; learns from them first, unless ``after_step`` was called."""
         self.after_step(losses)
-        self.before = self._log_gaps(losses)
+        self.before, self.pending = self._log_gaps(losses), 1
         known = self.before.isfinite()
         logs = torch.where(known, torch.log_softmax(self.learned, 0) - self.before, -torch.inf)
         self.weights = torch.where(known, torch.softmax(logs, 0), self.weights)
@@ -308,16 +310,18 @@ class FAMO(_Learned):
     def after_step(self, losses: Tensor) -> None:
         """Learn from the losses of the last step's batch after that step; only the first call counts."""
         self._move_state(losses.device)
+        if not self.pending:
+            return
+        self.pending = 0
         falls = self.before - self._log_gaps(losses)
-        known = falls.isfinite()
-        shares = torch.softmax(torch.where(known, self.learned, -torch.inf), 0)
-        mean_fall = (shares * torch.where(known, falls, 0.0)).sum()
+        shares = torch.softmax(torch.where(falls.isfinite(), self.learned, -torch.inf), 0)
+        mean_fall = (shares * falls).nansum()  # those left out are NaN
         self._learn(shares * (falls - mean_fall) + self.weight_decay * self.learned)
-        self.before = torch.full_like(self.before, torch.nan)
 
     def _log_gaps(self, losses: Tensor) -> Tensor:
+        """``log D``, finite where a task counts."""
         self.min_losses = self.min_losses.to(losses.device)
-        return torch.log(_positive(losses - self.min_losses))
+        return torch.log(losses - self.min_losses)
 
 
 def _positive(losses: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Distribution = Literal["normal", "dirichlet"]
 
+_AHEAD = 64  # steps whose random weights are drawn together, which takes hardly longer than those of one
+
 
 class _LossBased(Weighting):
     """Weights that follow from the losses of every step."""
@@ -36,8 +38,8 @@ class _LossBased(Weighting):
         return frozenset({"losses"})
 
     def _renewed(self, weights: Tensor, known: Tensor) -> Tensor:
-        """Take over the weights of the tasks that are known; those of the others stay."""
-        self.weights = torch.where(known & weights.isfinite(), weights, self.weights)
+        """Take over the weights of the tasks that are known, none of them negative; those of the others stay."""
+        self.weights = torch.where(known & (weights < torch.inf), weights, self.weights)  # NaN is not
         return self.weights
 
 
@@ -76,17 +78,23 @@ class RLW(Weighting):
             raise ValueError(f"seed: expected a non-negative integer, got {seed!r}")
         self.distribution, self.seed = distribution, seed
         self.step = 0
+        self._block, self._drawn = -1, self.weights[None]  # which steps, and their weights
 
     def forward(self, losses: Tensor, stats: GradStats | None = None) -> Tensor:
         """Draw the weights of this step."""
-        generator = np.random.default_rng((self.seed, self.step))
+        block, row = divmod(self.step, _AHEAD)
+        if self._block != block:  # also where the state of another step was loaded
+            drawn = self._draw(np.random.default_rng((self.seed, block)))
+            self._block, self._drawn = block, drawn.to(losses.device, non_blocking=True)
         self.step += 1
-        if self.distribution == "normal":
-            shares = torch.softmax(torch.from_numpy(generator.standard_normal(self.num_tasks)), 0)
-        else:
-            shares = torch.from_numpy(generator.dirichlet(np.ones(self.num_tasks)))
-        self.weights = self.num_tasks * shares.to(losses.device, non_blocking=True)
+        self.weights = self._drawn[row].to(losses.device)
         return self.weights
+
+    def _draw(self, generator: np.random.Generator) -> Tensor:
+        """Weights of some steps, ``[_AHEAD, T]``."""
+        if self.distribution == "dirichlet":
+            return self.num_tasks * torch.from_numpy(generator.dirichlet(np.ones(self.num_tasks), _AHEAD))
+        return self.num_tasks * torch.softmax(torch.from_numpy(generator.standard_normal((_AHEAD, self.num_tasks))), 1)
 
 
 class DWA(_LossBased):
@@ -130,9 +138,8 @@ class DWA(_LossBased):
         """Return the weights in force; the last step of a window prepares the next."""
         self._move_state(losses.device)
         weights = self.weights
-        known = losses.isfinite()
-        self.sums = self.sums + torch.where(known, losses, 0.0)
-        self.counts = self.counts + known
+        self.sums = self.sums + losses.nan_to_num(0.0, 0.0, 0.0)
+        self.counts = self.counts + losses.isfinite()
         self.step += 1
         if self.step % self.window == 0:
             self._close_window()
@@ -171,8 +178,8 @@ class GLS(_LossBased):
         self._move_state(losses.device)
         logs = losses.log()
         known = logs.isfinite()
-        count = known.sum()
-        mean = torch.where(known, logs, 0.0).sum() / count
+        count = known.sum(dtype=logs.dtype)
+        mean = logs.nan_to_num(0.0, 0.0, 0.0).sum() / count
         return self._renewed(torch.exp(mean - logs) / count, known)
 
 
@@ -235,9 +242,10 @@ class STCH(_LossBased):
         self._move_state(losses.device)
         self.preference, self.ideal = self.preference.to(losses.device), self.ideal.to(losses.device)
         gaps = losses - self.ideal
+        known = gaps.isfinite()
         if self.warm_up is None:
-            return self._renewed(self._smooth_maximum(gaps, gaps.isfinite()), gaps.isfinite())
-        known = (gaps > 0) & gaps.isfinite()
+            return self._renewed(self._smooth_maximum(gaps, known), known)
+        known &= gaps > 0
         if self.step < self.warm_up:
             self.step += 1
             self.sums = self.sums + torch.where(known, gaps, 0.0)
