@@ -199,6 +199,41 @@ void add_tile(const Acc* a, const Acc* b, int64_t stride, int64_t count, const A
     for (int c = 0; c < C; ++c) tile.sum[r][c] += sum[r][c];
 }
 
+// Adds the products of kTile rows among themselves and with the C rows that follow: reads all of them once.
+template <int C, class In, class Acc>
+void add_two_tiles(const void* const* rows, int64_t from, int64_t count, const Ahead<In, kTile + C>& ahead,
+                   Tile<Acc>& diagonal, Tile<Acc>& tile) {
+  const In* in[kTile + C];
+  Vec<Acc> own[kTile][kTile] = {}, sum[kTile][C] = {};
+#pragma GCC unroll 8
+  for (int r = 0; r < kTile + C; ++r) in[r] = static_cast<const In*>(rows[r]) + from;
+  for (int64_t line = 0; line < count; line += kLine<In>) {
+    ahead.ask(line);
+    for (int64_t k = line; k < line + kLine<In>; k += kLanes<Acc>) {
+      Vec<Acc> x[kTile];
+#pragma GCC unroll 8
+      for (int r = 0; r < kTile; ++r) {
+        x[r] = load<Acc>(in[r] + k);
+#pragma GCC unroll 8
+        for (int c = 0; c <= r; ++c) own[c][r] += x[c] * x[r];
+      }
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) {
+        const Vec<Acc> y = load<Acc>(in[kTile + c] + k);
+#pragma GCC unroll 8
+        for (int r = 0; r < kTile; ++r) sum[r][c] += x[r] * y;
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kTile; ++r) {
+#pragma GCC unroll 8
+    for (int c = r; c < kTile; ++c) diagonal.sum[r][c] += own[r][c];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) tile.sum[r][c] += sum[r][c];
+  }
+}
+
 // Calls `function(j, C)` for the rows [j, j + C) of each tile on the diagonal.
 template <class Function>
 void for_each_width(int64_t num_rows, const Function& function) {
@@ -259,6 +294,19 @@ struct NextRows {
     return {row(asked - share), row(asked - 1)};
   }
 };
+
+// Whether rows are multiplied by a strip: more than kTile, at most twice as many, and no more sums than registers.
+inline bool is_strip(int64_t num_rows) { return kTile == 4 && kTile < num_rows && num_rows <= 2 * kTile; }
+
+// Adds the products of a step of such rows to their three tiles.
+template <class In, class Acc>
+void add_strip(const void* const* rows, int64_t num_rows, int64_t from, int64_t count, Tile<Acc>* tile) {
+  for_each_width(num_rows - kTile, [&](int64_t, auto width) {
+    constexpr int C = decltype(width)::value;
+    add_two_tiles<C, In>(rows, from, count, ahead_of<kTile + C, false, In>(rows, from), tile[0], tile[2]);
+    add_diagonal_tile<C, false, In, Acc>(rows + kTile, from, count, nullptr, 0, Ahead<In, 0>{}, tile[1]);
+  });
+}
 
 // Adds the products of a step of a group's rows to its tiles, and keeps the rows in `block`.
 template <class In, class Acc>
@@ -391,6 +439,7 @@ struct Slot {
     for (int64_t g = 0; g < num_tasks; g += kGroup) {
       const int64_t num_rows = std::min(kGroup, num_tasks - g);
       for_each_step([&](int64_t k, int64_t n) {
+        if (is_strip(num_tasks)) return add_strip<In>(rows, num_tasks, from + k, n, tile);
         Acc* const to = kept + g * row + (layout.has_groups() ? k : 0);
         add_group<In>(rows + g, num_rows, from + k, n, to, row, tile);
       });
