@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from gradstats.scalarizer import Scalarizer
 
 TASKS = ("good", "useless")
+HOW = {"metric": "val/loss/good", "mode": "min", "progress": False}
 
 
 class Net(nn.Module):
@@ -110,8 +111,17 @@ def test_the_extra_is_named():
     assert 'gradstats.search needs Ray Tune; install it with: pip install "gradstats[search]"' in done.stderr
 
 
+def test_the_grid_is_that_of_the_simplex(monkeypatch, tmp_path):
+    searches = pytest.importorskip("gradstats.search.searches", exc_type=ImportError)
+    monkeypatch.setattr(searches._Search, "run", lambda search, candidates: candidates)
+    grid = searches.grid_search(None, (*TASKS, "other"), divisions=4, directory=tmp_path, **HOW)
+    assert [[weight * 4 / 3 for weight in weights.values()] for weights in grid] == [
+        pytest.approx(parts) for parts in ([1, 1, 2], [1, 2, 1], [2, 1, 1])
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # each of Ray's processes imports Lightning
+@pytest.mark.timeout(900)  # each of Ray's processes imports Lightning, which takes long on a busy machine
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_population_with_a_trial_killed_in_the_middle(search, tmp_path):
     marker = tmp_path / "killed"
@@ -119,7 +129,7 @@ def test_population_with_a_trial_killed_in_the_middle(search, tmp_path):
     def make(weights, **options):
         return make_trainer(weights, killed=marker, **options)
 
-    arguments = {"directory": tmp_path / "pbt", "metric": "val/loss/good", "mode": "min", "progress": False}
+    arguments = {"directory": tmp_path / "pbt", **HOW}
     found = search.population_based_training(make, TASKS, population=2, **arguments)
     assert marker.exists()
     assert [epochs for _, epochs, _ in found.trials] == [3] * 2, "the killed trial went on to its end"
@@ -138,17 +148,21 @@ def test_population_with_a_trial_killed_in_the_middle(search, tmp_path):
     with pytest.raises(ValueError, match="holds a search that differs in first weights"):
         search.population_based_training(make, TASKS, population=3, **arguments)
 
-    grid = search.grid_search(
-        make_trainer,
-        TASKS,
-        divisions=3,
-        directory=tmp_path / "grid",
-        metric="val/loss/good",
-        mode="min",
-        progress=False,
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")
+def test_random_weights(search, tmp_path):
+    # With both processors for each trial, one process trains all of them in turn.
+    found = search.random_search(
+        make_trainer, TASKS, samples=3, resources={"cpu": 2}, directory=tmp_path / "random", **HOW
     )
-    (_, _, first), (_, _, second) = grid.trials
-    assert first == pytest.approx({"good": 4 / 3, "useless": 2 / 3})
-    assert second == pytest.approx({"good": 2 / 3, "useless": 4 / 3})
-    assert grid.weights == first
-    assert grid.history.series("weight/good")[1] == [pytest.approx(4 / 3)] * 12
+    values, epochs, weights = zip(*found.trials, strict=True)
+    assert epochs == (3, 3, 3)
+    assert list(values) == sorted(values)
+    shares = [weight["good"] for weight in weights]
+    assert shares == sorted(shares, reverse=True), "the less the useless task weighs the better"
+    assert len(set(shares)) == 3
+    assert [sum(weight.values()) for weight in weights] == [pytest.approx(2)] * 3
+    assert (found.weights, found.value) == (weights[0], values[0])
+    assert found.history.series("weight/good")[1] == [pytest.approx(shares[0])] * 12
