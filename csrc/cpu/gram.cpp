@@ -1,4 +1,4 @@
-// gradstats::gram, combine and gram_combine for CPU tensors.
+// gradstats::gram, combine, gram_combine, linear_gram and linear_gram_combine for CPU tensors.
 #include <Python.h>
 
 #include <torch/csrc/stable/macros.h>
@@ -17,7 +17,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../combine_args.h"
+#include "../linear_args.h"
 
 namespace gradstats {
 namespace {
@@ -47,6 +47,15 @@ bool is_run(const Walk& walk, int64_t num_tasks) {
   return true;
 }
 
+Problem make_problem(std::vector<Walk> walks, int64_t num_tasks, bool has_metric, const double* weights) {
+  Problem problem{std::move(walks), num_tasks, has_metric, weights};
+  for (const Walk& walk : problem.walks) {
+    problem.starts.push_back(problem.starts.back() + walk.numel);
+    problem.is_run.push_back(!has_metric && is_run(walk, num_tasks));
+  }
+  return problem;
+}
+
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -66,7 +75,7 @@ template <class T, int N>
 using Vector [[gnu::vector_size(N * sizeof(T))]] = T;
 
 namespace portable {
-constexpr int kVectorBytes = 16, kTile = 3;
+constexpr int kVectorBytes = 16, kTile = 3, kStrip = 4;
 inline Vector<uint32_t, 2> widen(Vector<uint16_t, 2> v) { return __builtin_convertvector(v, Vector<uint32_t, 2>); }
 inline Vector<uint32_t, 4> widen(Vector<uint16_t, 4> v) { return __builtin_convertvector(v, Vector<uint32_t, 4>); }
 inline Vector<double, 2> widen(Vector<float, 2> v) { return __builtin_convertvector(v, Vector<double, 2>); }
@@ -77,11 +86,13 @@ Vector<float, 2> half(Vector<float, 4> v) {
 inline float total(Vector<float, 2> v) { return v[0] + v[1]; }
 #include "gram_kernel.h"
 #include "combine_kernel.h"
+#include "linear_gram_kernel.h"
 }  // namespace portable
 
 struct Kernels {
   void (*gram_slot)(const Problem&, int64_t begin, int64_t end, double* sums);
   void (*combine_slot)(const Problem&, int64_t begin, int64_t end);
+  void (*linear_gram_slots)(const LinearLayer&, int64_t num_slots, int64_t first, int64_t last, double* sums);
 };
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -89,7 +100,7 @@ struct Kernels {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
-constexpr int kVectorBytes = 32, kTile = 3;
+constexpr int kVectorBytes = 32, kTile = 3, kStrip = 4;
 inline Vector<uint32_t, 4> widen(Vector<uint16_t, 4> v) {
   return (Vector<uint32_t, 4>)_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&v)));
 }
@@ -104,13 +115,14 @@ Vector<float, 4> half(Vector<float, 8> v) {
 inline float total(Vector<float, 4> v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 #include "gram_kernel.h"
 #include "combine_kernel.h"
+#include "linear_gram_kernel.h"
 }  // namespace avx2
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
 namespace avx512 {
-constexpr int kVectorBytes = 64, kTile = 4;
+constexpr int kVectorBytes = 64, kTile = 4, kStrip = 8;
 using avx2::widen;
 inline Vector<uint32_t, 16> widen(Vector<uint16_t, 16> v) {
   return (Vector<uint32_t, 16>)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
@@ -123,6 +135,7 @@ Vector<float, 8> half(Vector<float, 16> v) {
 inline float total(Vector<float, 8> v) { return avx2::total(avx2::half<0>(v) + avx2::half<1>(v)); }
 #include "gram_kernel.h"
 #include "combine_kernel.h"
+#include "linear_gram_kernel.h"
 }  // namespace avx512
 #pragma GCC pop_options
 
@@ -133,13 +146,13 @@ Kernels choose_kernels() {
   const bool allow_avx512 = allow_avx2 && (limit == nullptr || std::strcmp(limit, "avx2") != 0);
   if (allow_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return {avx512::gram_slot, avx512::combine_slot};
+    return {avx512::gram_slot, avx512::combine_slot, avx512::linear_gram_slots};
   if (allow_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {avx2::gram_slot, avx2::combine_slot};
-  return {portable::gram_slot, portable::combine_slot};
+    return {avx2::gram_slot, avx2::combine_slot, avx2::linear_gram_slots};
+  return {portable::gram_slot, portable::combine_slot, portable::linear_gram_slots};
 }
 #else
-Kernels choose_kernels() { return {portable::gram_slot, portable::combine_slot}; }
+Kernels choose_kernels() { return {portable::gram_slot, portable::combine_slot, portable::linear_gram_slots}; }
 #endif
 
 // ---- the operator ---------------------------------------------------------------------------------------------------
@@ -161,15 +174,6 @@ const Kernels& kernels() {
   return chosen;
 }
 
-Problem make_problem(std::vector<Walk> walks, int64_t num_tasks, bool has_metric, const double* weights) {
-  Problem problem{std::move(walks), num_tasks, has_metric, weights};
-  for (const Walk& walk : problem.walks) {
-    problem.starts.push_back(problem.starts.back() + walk.numel);
-    problem.is_run.push_back(!has_metric && is_run(walk, num_tasks));
-  }
-  return problem;
-}
-
 // Calls `function(slot, begin, end)` for the ranges of the entries, on all cores.
 template <class Function>
 void for_each_slot(const Problem& problem, int64_t slots, const Function& function) {
@@ -181,15 +185,9 @@ void for_each_slot(const Problem& problem, int64_t slots, const Function& functi
   });
 }
 
-// The Gramian, float64 [T, T], allocated like `like`; on the way the weighted sums, where the problem has weights.
-Tensor run_gram(const Problem& problem, const Tensor& like) {
-  const int64_t num_tasks = problem.num_tasks, num_pairs = num_tasks * (num_tasks + 1) / 2;
-  const int64_t slots = num_slots(problem.starts.back(), num_tasks);
-  std::vector<double> sums(slots * num_pairs);
-  for_each_slot(problem, slots, [&](int64_t slot, int64_t begin, int64_t end) {
-    kernels().gram_slot(problem, begin, end, sums.data() + slot * num_pairs);
-  });
-
+// The Gramian, float64 [T, T], allocated like `like`, of the sums of the products of all pairs in each slot.
+Tensor add_slots(const std::vector<double>& sums, int64_t num_tasks, const Tensor& like) {
+  const int64_t num_pairs = num_tasks * (num_tasks + 1) / 2, slots = static_cast<int64_t>(sums.size()) / num_pairs;
   Tensor result = torch::stable::new_empty(like, {num_tasks, num_tasks}, torch::headeronly::ScalarType::Double);
   double* out = result.mutable_data_ptr<double>();
   for (int64_t i = 0, pair = 0; i < num_tasks; ++i)
@@ -199,6 +197,17 @@ Tensor run_gram(const Problem& problem, const Tensor& like) {
       out[i * num_tasks + j] = out[j * num_tasks + i] = sum;
     }
   return result;
+}
+
+// The Gramian, float64 [T, T], allocated like `like`; on the way the weighted sums, where the problem has weights.
+Tensor run_gram(const Problem& problem, const Tensor& like) {
+  const int64_t num_tasks = problem.num_tasks, num_pairs = num_tasks * (num_tasks + 1) / 2;
+  const int64_t slots = num_slots(problem.starts.back(), num_tasks);
+  std::vector<double> sums(slots * num_pairs);
+  for_each_slot(problem, slots, [&](int64_t slot, int64_t begin, int64_t end) {
+    kernels().gram_slot(problem, begin, end, sums.data() + slot * num_pairs);
+  });
+  return add_slots(sums, num_tasks, like);
 }
 
 Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> metric, bool stacked) {
@@ -227,6 +236,30 @@ std::tuple<Tensor, std::vector<Tensor>> gram_combine(std::vector<Tensor> grads, 
   return {gramian, combined};
 }
 
+// As run_gram, of the weight gradients of a linear layer.
+Tensor run_linear_gram(const LinearLayer& layer, const Tensor& like) {
+  const int64_t num_tasks = layer.num_tasks(), products = layer.rows * layer.fan_in * layer.fan_out;
+  const int64_t slots = std::min(std::max<int64_t>(1, layer.num_patches()), num_slots(products, num_tasks));
+  std::vector<double> sums(slots * num_tasks * (num_tasks + 1) / 2);
+  torch::stable::parallel_for(0, slots, 1, [&](int64_t first, int64_t last) {
+    kernels().linear_gram_slots(layer, slots, first, last, sums.data());
+  });
+  return add_slots(sums, num_tasks, like);
+}
+
+Tensor linear_gram(Tensor inputs, std::vector<Tensor> cotangents) {
+  return run_linear_gram(read_linear_layer(inputs, cotangents), inputs);
+}
+
+std::tuple<Tensor, Tensor> linear_gram_combine(Tensor inputs, std::vector<Tensor> cotangents, Tensor weights) {
+  LinearLayer layer = read_linear_layer(inputs, cotangents);
+  weights = read_weights(weights, layer.num_tasks());
+  Tensor combined = torch::stable::new_empty(cotangents[0], {layer.fan_out, layer.fan_in});
+  layer.weights = weights.const_data_ptr<double>();
+  layer.combined = detail::read_matrix(combined, layer.fan_out, layer.fan_in);
+  return {run_linear_gram(layer, inputs), combined};
+}
+
 }  // namespace
 }  // namespace gradstats
 
@@ -234,6 +267,8 @@ STABLE_TORCH_LIBRARY_IMPL(gradstats, CPU, library) {
   library.impl("gram", TORCH_BOX(&gradstats::gram));
   library.impl("combine", TORCH_BOX(&gradstats::combine));
   library.impl("gram_combine", TORCH_BOX(&gradstats::gram_combine));
+  library.impl("linear_gram", TORCH_BOX(&gradstats::linear_gram));
+  library.impl("linear_gram_combine", TORCH_BOX(&gradstats::linear_gram_combine));
 }
 
 // Importing the module is what loads the library; it has no Python functions of its own.

@@ -20,6 +20,8 @@ SCHEMAS = (
     "gram(Tensor[] grads, int num_tasks, Tensor[] metric, bool stacked) -> Tensor",
     "combine(Tensor[] grads, int num_tasks, Tensor weights, bool stacked) -> Tensor[]",
     "gram_combine(Tensor[] grads, int num_tasks, Tensor weights, Tensor[] metric, bool stacked) -> (Tensor, Tensor[])",
+    "linear_gram(Tensor inputs, Tensor[] cotangents) -> Tensor",
+    "linear_gram_combine(Tensor inputs, Tensor[] cotangents, Tensor weights) -> (Tensor, Tensor)",
 )
 
 
@@ -44,6 +46,37 @@ def _gram_then_combine(
     return gram(grads, num_tasks, metric, stacked), combine(grads, num_tasks, weights, stacked)
 
 
+def _linear_gram_fake(inputs: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
+    return inputs.new_empty((len(cotangents), len(cotangents)), dtype=torch.float64)
+
+
+def _linear_gram_combine_fake(inputs: Tensor, cotangents: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
+    combined = cotangents[0].new_empty((cotangents[0].shape[1], inputs.shape[1]))
+    return _linear_gram_fake(inputs, cotangents), combined
+
+
+def _linear_gram_by_parts(inputs: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
+    """What a backend without a kernel of its own does: form a part of the gradients at a time, for its :func:`gram`."""
+    gramian = torch.zeros_like(_linear_gram_fake(inputs, cotangents))
+    for block in reference.weight_gradients(inputs, cotangents):
+        gramian += gram([block], len(cotangents), stacked=True)
+    return gramian
+
+
+def _linear_gram_combine_by_parts(
+    inputs: Tensor, cotangents: Sequence[Tensor], weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    gramian, combined = _linear_gram_combine_fake(inputs, cotangents, weights)
+    gramian.zero_()
+    filled = 0
+    for block in reference.weight_gradients(inputs, cotangents):
+        part, (combination,) = gram_combine([block], len(cotangents), weights, stacked=True)
+        gramian += part
+        combined[filled : filled + len(combination)] = combination
+        filled += len(combination)
+    return gramian, combined
+
+
 # Kept alive for the life of the process: the dispatcher drops the definitions with the object.
 _library = torch.library.Library("gradstats", "DEF")
 for _schema in SCHEMAS:
@@ -51,9 +84,13 @@ for _schema in SCHEMAS:
 _library.impl("gram", reference.gram, "CompositeExplicitAutograd")
 _library.impl("combine", reference.combine, "CompositeExplicitAutograd")
 _library.impl("gram_combine", _gram_then_combine, "CompositeExplicitAutograd")
+_library.impl("linear_gram", _linear_gram_by_parts, "CompositeExplicitAutograd")
+_library.impl("linear_gram_combine", _linear_gram_combine_by_parts, "CompositeExplicitAutograd")
 torch.library.register_fake("gradstats::gram", _gram_fake, lib=_library)
 torch.library.register_fake("gradstats::combine", _combine_fake, lib=_library)
 torch.library.register_fake("gradstats::gram_combine", _gram_combine_fake, lib=_library)
+torch.library.register_fake("gradstats::linear_gram", _linear_gram_fake, lib=_library)
+torch.library.register_fake("gradstats::linear_gram_combine", _linear_gram_combine_fake, lib=_library)
 
 
 def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor] = (), stacked: bool = False) -> Tensor:
@@ -115,3 +152,37 @@ def gram_combine(
     """
     gramian, combination = torch.ops.gradstats.gram_combine(list(grads), num_tasks, weights, list(metric), stacked)
     return gramian, combination
+
+
+def linear_gram(inputs: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
+    """Gramian of the gradients ``cotangents[t]ᵀ inputs`` of a linear layer's weight, which are never held all at once.
+
+    A gradient is a sum over the layer's rows, formed in float32 (float64 if an operand is float64): compiled, within
+    4e-7 of the sizes of its terms for any number of rows; on other backends as torch multiplies matrices. Products of
+    gradients are those of :func:`gram`.
+
+    Args:
+        inputs: What the layer multiplies, ``[N, k]`` with any strides.
+        cotangents: For each of ``T`` tasks, at least one, the cotangents ``[N, o]`` at the layer's output, with any
+            strides. Dtypes may differ.
+
+    Returns:
+        Float64 tensor ``[T, T]``, exactly symmetric, on the device of ``inputs``.
+    """
+    result: Tensor = torch.ops.gradstats.linear_gram(inputs, list(cotangents))
+    return result
+
+
+def linear_gram_combine(inputs: Tensor, cotangents: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The result of :func:`linear_gram`, and ``Σ_t weights[t] · cotangents[t]ᵀ inputs`` from the same pass.
+
+    Args:
+        inputs: As for :func:`linear_gram`.
+        cotangents: As for :func:`linear_gram`.
+        weights: As for :func:`combine`.
+
+    Returns:
+        The Gramian, float64 ``[T, T]``, and the weighted sum, contiguous ``[o, k]`` of the first cotangents' dtype.
+    """
+    gramian, combined = torch.ops.gradstats.linear_gram_combine(inputs, list(cotangents), weights)
+    return gramian, combined

@@ -5,6 +5,7 @@ It is the oracle that the compiled backends are tested against and what runs whe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -34,6 +35,17 @@ def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stac
 def combine(grads: Sequence[Tensor], num_tasks: int, weights: Tensor, stacked: bool) -> list[Tensor]:
     """Kernel of ``gradstats::combine``; the arguments are described at :func:`gradstats.ops.combine`."""
     return [_combine_rows(rows, weights) for rows in rows_by_parameter(grads, num_tasks, stacked)]
+
+
+def weight_gradients(inputs: Tensor, cotangents: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The gradients ``cotangents[t]ᵀ inputs`` of all tasks by blocks ``[T, rows, k]``, at least in float32."""
+    wide = functools.reduce(torch.promote_types, (rows.dtype for rows in cotangents), inputs.dtype)
+    wide = torch.promote_types(wide, torch.float32)
+    inputs = inputs.to(wide)
+    fan_out, fan_in = cotangents[0].shape[1], inputs.shape[1]
+    step = max(1, _BLOCK_ENTRIES // max(1, len(cotangents) * fan_in))
+    for start in range(0, fan_out, step):
+        yield torch.stack([rows[:, start : start + step].to(wide).mT @ inputs for rows in cotangents])
 
 
 def rows_by_parameter(grads: Sequence[Tensor], num_tasks: int, stacked: bool) -> Iterator[Sequence[Tensor]]:
