@@ -141,10 +141,11 @@ class Scalarizer(nn.Module):
             TypeError: If a loss is not a tensor.
         """
         listed = self._listed(losses)
-        means = self._means(listed)
+        means = _stacked(self._means(listed))
         weights = self.weights
         if self.training and torch.is_grad_enabled():
-            decided = self._count(means, self._collect(listed, owner=owner) if self.wants_stats() else None)
+            stats = self._collect(listed, owner=owner) if self.wants_stats() else None
+            decided = self._count(_known(means, listed), stats)
             weights = decided if self.accumulate == 1 else weights
         return _weighted_sum(means, weights)
 
@@ -167,8 +168,8 @@ class Scalarizer(nn.Module):
             total: Tensor = self(losses, owner=owner)
             torch.autograd.backward(total if self.grad_scaler is None else self.grad_scaler.scale(total))
             return total.detach()
-        weights, means = self.weights, self._means(listed)
-        self._count(means, self._collect(listed, weights, owner=owner))
+        weights, means = self.weights, _stacked(self._means(listed))
+        self._count(_known(means, listed), self._collect(listed, weights, owner=owner))
         return _weighted_sum(means, weights).detach()
 
     def after_step(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> None:
@@ -182,7 +183,8 @@ class Scalarizer(nn.Module):
         """
         if "after_step" not in self.weighting.needs:
             return
-        values = _detached(self._means(self._listed(losses)))
+        listed = self._listed(losses)
+        values = _known(_stacked(self._means(listed)), listed)
         self.weighting.after_step(_mean_of_known_over_ranks(values) if _distributed() else values)
 
     def _listed(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> list[Tensor | None]:
@@ -266,14 +268,14 @@ class Scalarizer(nn.Module):
         sizes = [0 if loss is None else loss.numel() for loss in listed]
         return signature(self.tasks, self._means(listed), self._inputs[0], sizes)
 
-    def _count(self, listed: list[Tensor | None], stats: GradStats | None) -> Tensor:
+    def _count(self, losses: Tensor, stats: GradStats | None) -> Tensor:
         """Count a micro-step; the last one of a step lets the weighting decide. Returns the weights in force."""
-        self._micro_losses.append(_detached(listed))
+        self._micro_losses.append(losses)
         if stats is not None:
             self._micro_stats.append(stats)
         if len(self._micro_losses) < self.accumulate:
             return self.weights
-        losses = _mean_of_known(self._micro_losses)
+        losses = losses if self.accumulate == 1 else torch.stack(self._micro_losses).nanmean(0)
         if _distributed() and self.weighting.needs:
             losses = _mean_of_known_over_ranks(losses)
         wanted = self.weighting.wants_stats()
@@ -327,44 +329,33 @@ def _weighting(weighting: str | Weighting, tasks: tuple[str, ...], options: dict
     return weighting
 
 
-def _weighted_sum(listed: list[Tensor | None], weights: Tensor) -> Tensor:
-    """``Σ w_t L_t`` over the losses given, at least in float32."""
-    given = [t for t, loss in enumerate(listed) if loss is not None]
-    losses = _stacked(listed)
-    if len(given) < len(listed):
-        weights = weights[given]
-    return (losses * weights.to(losses)).sum()  # not ``@``, which autocast would do in 16 bits
-
-
 def _stacked(listed: list[Tensor | None]) -> Tensor:
-    """The losses given in one tensor, at least float32; in one operation where they allow it, as at every step."""
+    """The losses ``[T]`` with their graph, at least float32, zero where there is none; as a rule in one operation."""
     given = [loss for loss in listed if loss is not None]
     dtypes = {loss.dtype for loss in given}
-    if len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64} and all(loss.ndim == 0 for loss in given):
+    alike = len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64} and all(loss.ndim == 0 for loss in given)
+    if alike and len(given) == len(listed):
         return torch.stack(given)
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
-    return torch.stack([loss.reshape(()).to(dtype) for loss in given])
+    zero = given[0].new_zeros((), dtype=dtype)
+    return torch.stack([zero if loss is None else loss.reshape(()).to(dtype) for loss in listed])
+
+
+def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
+    return (losses * weights.to(losses)).sum()  # not ``@``, which autocast would do in 16 bits
 
 
 def _device(listed: list[Tensor | None]) -> torch.device:
     return next(loss.device for loss in listed if loss is not None)
 
 
-@torch.no_grad()
-def _detached(listed: list[Tensor | None]) -> Tensor:
-    """The losses' values, float64 ``[T]``, NaN where there is none."""
-    given = _stacked(listed).double()
-    if len(given) == len(listed):
-        return given
-    values = torch.full((len(listed),), torch.nan, dtype=torch.float64, device=given.device)
-    values[[t for t, loss in enumerate(listed) if loss is not None]] = given
+def _known(stacked: Tensor, listed: list[Tensor | None]) -> Tensor:
+    """The losses' values, float64 ``[T]``; NaN where they are not finite or not there."""
+    values = stacked.detach().double().nan_to_num(torch.nan, torch.nan, torch.nan)
+    absent = [t for t, loss in enumerate(listed) if loss is None]
+    if absent:
+        values[absent] = torch.nan
     return values
-
-
-def _mean_of_known(steps: Sequence[Tensor]) -> Tensor:
-    """Mean over steps of the finite entries; NaN where there is none."""
-    known = [torch.where(values.isfinite(), values, torch.nan) for values in steps]
-    return known[0] if len(known) == 1 else torch.stack(known).nanmean(0)
 
 
 # ---- several processes: what decides is agreed before it decides ---------------------------------------------------
