@@ -58,11 +58,12 @@ def check(kernel: Kernel, inputs: Tensor, cotangents: Sequence[Tensor], weights:
     gram, combined = kernel(inputs, cotangents, weights)
     assert gram.dtype == torch.float64
     assert torch.equal(gram, gram.T)
-    assert error(gram, inputs, cotangents) < 1e-6
+    rel = 1e-6 if kernel is ops.linear_gram_combine else 1e-5  # as torch's matrix product, which adds in long chains
+    assert error(gram, inputs, cotangents) < rel
     exact = torch.tensordot(weights, gradients(inputs, cotangents), 1)
     size = torch.tensordot(weights.abs(), gradients(inputs.abs(), [rows.abs() for rows in cotangents]), 1)
     assert (combined.dtype, combined.is_contiguous()) == (cotangents[0].dtype, True)
-    assert ((combined.double() - exact).abs() <= 1e-6 * size + torch.finfo(combined.dtype).eps * exact.abs()).all()
+    assert ((combined.double() - exact).abs() <= rel * size + torch.finfo(combined.dtype).eps * exact.abs()).all()
     return gram
 
 
