@@ -4,9 +4,11 @@
 // of an operator from reading out of bounds.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -20,30 +22,42 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::stable::Tensor;
 
 inline DType dtype_of(const Tensor& tensor) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Double: return DType::float64;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    default: STD_TORCH_CHECK(false, "gradstats: expected float32, float64, float16 or bfloat16 tensors");
-  }
-  return DType::float32;
+  static const int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64();
+  static const int32_t float16 = aoti_torch_dtype_float16(), bfloat16 = aoti_torch_dtype_bfloat16();
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  if (dtype == float32) return DType::float32;
+  if (dtype == bfloat16) return DType::bfloat16;
+  if (dtype == float16) return DType::float16;
+  STD_TORCH_CHECK(dtype == float64, "gradstats: expected float32, float64, float16 or bfloat16 tensors");
+  return DType::float64;
 }
 
 // One row of a parameter: a tensor, or one task's slice of a stacked block.
 struct RowArgument {
-  const void* data;  // null: no gradient
+  const void* data;  // null: no entries
   DType dtype;
   const int64_t* sizes;
   const int64_t* strides;
   int64_t dim;
+
+  // Only so does a tensor stand for a gradient of zeros, whatever the parameter's shape and dtype.
+  bool is_missing() const { return dim == 1 && sizes[0] == 0; }
 };
 
+// Asks the tensor's handle once for each fact. There are many tensors, and torch::stable::Tensor's own functions take
+// several times as long together.
 inline RowArgument row_argument(const Tensor& tensor) {
-  const bool empty = tensor.numel() == 0;
-  return {empty ? nullptr : tensor.const_data_ptr(), dtype_of(tensor), tensor.sizes().data(),
-          tensor.strides().data(), tensor.dim()};
+  const AtenTensorHandle handle = tensor.get();
+  int64_t dim, *sizes, *strides;
+  const void* data;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+  TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle, &data));
+  const bool empty = std::find(sizes, sizes + dim, 0) != sizes + dim;
+  STD_TORCH_CHECK(empty || data != nullptr, "gradstats: expected tensors with memory, got one whose storage is empty");
+  return {empty ? nullptr : data, dtype_of(tensor), sizes, strides, dim};
 }
 
 // Appends a row whose shape and dtype must be those of the rows before it.
@@ -72,12 +86,12 @@ inline Walk walk_of_list(const std::vector<Tensor>& grads, int64_t num_tasks, in
   std::vector<RowArgument> rows;
   rows.reserve(num_tasks);
   for (int64_t t = 0; t < num_tasks; ++t) rows.push_back(row_argument(grads[t * num_params + k]));
-  const auto present = std::find_if(rows.begin(), rows.end(), [](const RowArgument& row) { return row.data; });
+  const auto present = std::find_if(rows.begin(), rows.end(), [](const RowArgument& row) { return !row.is_missing(); });
   Walk walk;
   if (present == rows.end()) return walk;
   set_shape(walk, present->sizes, present->dim, present->dtype, num_tasks + 2);
   for (const RowArgument& row : rows) {
-    if (row.data == nullptr) {
+    if (row.is_missing()) {
       append_missing(walk);
       continue;
     }

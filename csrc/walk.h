@@ -53,6 +53,24 @@ inline void select_loops(Walk& walk, const std::vector<int64_t>& order) {
   walk.strides = std::move(strides);
 }
 
+// Whether every row is one run in row-major order, as nearly all are.
+inline bool is_row_major(const Walk& walk) {
+  const int64_t n = walk.num_loops();
+  for (size_t row = 0; row < walk.data.size(); ++row) {
+    if (walk.data[row] == nullptr) continue;
+    const int64_t* strides = walk.row_strides(row);
+    int64_t run = 1;
+    for (int64_t d = n - 1; d >= 0; run *= walk.sizes[d--])
+      if (strides[d] != run) return false;
+  }
+  return true;
+}
+
+inline void make_run(Walk& walk) {
+  walk.sizes.assign(1, walk.numel);
+  walk.strides.assign(walk.data.size(), 1);
+}
+
 // Whether loop `outer` continues loop `inner` in every row, so that one longer loop does for both.
 inline bool loops_merge(const Walk& walk, int64_t outer, int64_t inner) {
   for (size_t row = 0; row < walk.data.size(); ++row) {
@@ -67,6 +85,7 @@ inline bool loops_merge(const Walk& walk, int64_t outer, int64_t inner) {
 // Reduces the loops to the fewest, but at least one, that visit the same entries: memory order where all tasks share
 // strides, else the logical (row-major) order, which is the only one that they have in common.
 inline void simplify(Walk& walk, int64_t num_tasks) {
+  if (detail::is_row_major(walk)) return detail::make_run(walk);
   std::vector<int64_t> order;
   for (int64_t d = 0; d < walk.num_loops(); ++d)
     if (walk.sizes[d] != 1) order.push_back(d);
@@ -96,10 +115,7 @@ inline void simplify(Walk& walk, int64_t num_tasks) {
   }
   walk.sizes = sizes;
   detail::select_loops(walk, kept);
-  if (kept.empty()) {  // a single entry is a run of one
-    walk.sizes = {1};
-    walk.strides.assign(walk.data.size(), 1);
-  }
+  if (kept.empty()) detail::make_run(walk);  // of one entry
 }
 
 }  // namespace gradstats

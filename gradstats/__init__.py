@@ -2,7 +2,7 @@
 
 from gradstats.collect import backward, explain, from_losses, shared_parameters
 from gradstats.ops.backends import backends
-from gradstats.pairwise import pairwise
+from gradstats.pairwise import PairwisePlan, pairwise
 from gradstats.scalarizer import Scalarizer
 from gradstats.stats import GradStats
 
@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GradStats",
+    "PairwisePlan",
     "Scalarizer",
     "__version__",
     "backends",

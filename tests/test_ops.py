@@ -436,7 +436,7 @@ def test_opcheck(stacked: bool, with_metric: bool) -> None:
     torch.library.opcheck(torch.ops.gradstats.gram.default, (grads, 3, metric, stacked))
 
 
-@needs_compiled
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     ("grads", "num_tasks", "metric", "stacked", "message"),
     [
@@ -444,6 +444,8 @@ def test_opcheck(stacked: bool, with_metric: bool) -> None:
         ([torch.ones(2)] * 2, 0, [], False, "at least one task"),
         ([torch.ones(2), torch.ones(3)], 2, [], False, "differ in shape"),
         ([torch.ones(2, 3), torch.ones(6)], 2, [], False, "differ in shape"),
+        ([torch.ones(2, 3), torch.ones(0, 3)], 2, [], False, "differ in shape"),
+        ([torch.ones(0, 3), torch.ones(0, 4)], 2, [], False, "differ in shape"),
         ([torch.ones(2), torch.ones(2).double()], 2, [], False, "differ in dtype"),
         ([torch.ones(2).int()] * 2, 2, [], False, "expected float32"),
         ([torch.ones(2)] * 2, 2, [torch.ones(3)], False, "differ in shape"),
@@ -454,7 +456,15 @@ def test_opcheck(stacked: bool, with_metric: bool) -> None:
     ],
 )
 def test_the_raw_operator_rejects_what_it_could_not_read(
-    grads: list[Tensor], num_tasks: int, metric: list[Tensor], stacked: bool, message: str
+    kernel: Kernel, grads: list[Tensor], num_tasks: int, metric: list[Tensor], stacked: bool, message: str
 ) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.gradstats.gram(grads, num_tasks, metric, stacked)
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        kernel(grads, num_tasks, metric, stacked)
+
+
+@needs_compiled
+def test_a_tensor_whose_memory_is_gone_is_no_gradient_of_zeros() -> None:
+    gone = torch.ones(3)
+    gone.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="storage is empty"):
+        ops.gram([torch.ones(3), gone], 2)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gradstats import pairwise
+from gradstats import PairwisePlan, pairwise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -82,7 +82,9 @@ def test_lists_of_any_shape_dtype_layout_and_missing_gradients(data, num_tasks, 
         return
     kept = [k for k in range(len(shapes)) if any(task[k] is not None for task in grads)]
     expected = oracle([[task[k] for k in kept] for task in grads], metric and [metric[k] for k in kept])
-    assert_matches(pairwise(grads, metric=metric), expected)
+    stats = pairwise(grads, metric=metric)
+    assert_matches(stats, expected)
+    assert torch.equal(PairwisePlan(grads, metric=metric)().gram, stats.gram)
 
 
 @given(num_tasks=st.integers(1, 9), shapes=shapes, seed=st.integers(0, 10_000), layout=layouts, data=st.data())
@@ -95,8 +97,10 @@ def test_stacked_blocks(num_tasks, shapes, seed, layout, data):
         for shape, dtype in zip(shapes, dtypes, strict=True)
     ]
     grads = [[block[t] for block in blocks] for t in range(num_tasks)]
-    assert_matches(pairwise(blocks, stacked=True), oracle(grads))
+    stats = pairwise(blocks, stacked=True)
+    assert_matches(stats, oracle(grads))
     assert_matches(pairwise([None, *blocks], stacked=True), oracle(grads))
+    assert torch.equal(PairwisePlan(blocks, stacked=True)().gram, stats.gram)
 
 
 def test_a_tensor_with_a_row_stride_is_one_row_per_task():
@@ -118,6 +122,14 @@ def test_forms_agree():
         assert_matches(pairwise(form), expected)
     assert_matches(pairwise(dict(zip("abc", flat, strict=True))), expected)
     assert_matches(pairwise(blocks, stacked=True), expected)
+
+
+def test_a_tensor_of_shape_0_stands_for_zeros():
+    metric, empty = [torch.rand(2, 3), torch.rand(4)], torch.empty(0, dtype=torch.float64)
+    grads = [[torch.randn(2, 3), empty], [torch.randn(2, 3), torch.randn(4)], [empty, None]]
+    missing = [[None if g is empty else g for g in task] for task in grads]
+    assert_matches(pairwise(grads), oracle(missing))
+    assert_matches(pairwise(grads, metric=metric), oracle(missing, metric))
 
 
 def test_metric_in_the_tensor_forms():
@@ -234,6 +246,8 @@ REFUSALS = {
     "scalar tensor": (lambda: torch.tensor(1.0), ValueError, r"expected a block [T, *param]"),
     "number": (lambda: 3.0, TypeError, "grads: expected a tensor or a sequence"),
     "list of numbers": (lambda: [[1.0, 2.0]], TypeError, r"grads[0][0]: expected a tensor, got float"),
+    "a number among tensors": (lambda: [[rows()], [1.0]], TypeError, r"grads[1][0]: expected a tensor, got float"),
+    "a number among blocks": (lambda: [[None], [1.0]], TypeError, r"grads[1][0]: expected a tensor, got float"),
     "mapping in a list": (
         lambda: [{"a": rows()}],
         TypeError,
@@ -247,8 +261,9 @@ REFUSALS = {
 def test_refusals(case):
     make, error, message = REFUSALS[case]
     grads = make()
-    with pytest.raises(error, match=re.escape(message)):
-        pairwise(grads)
+    for function in (pairwise, PairwisePlan):
+        with pytest.raises(error, match=re.escape(message)):
+            function(grads)
 
 
 def test_refusals_of_options():

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -18,6 +19,7 @@
 #endif
 
 #include "../linear_args.h"
+#include "../planned_calls.h"
 
 namespace gradstats {
 namespace {
@@ -260,6 +262,21 @@ std::tuple<Tensor, Tensor> linear_gram_combine(Tensor inputs, std::vector<Tensor
   return {run_linear_gram(layer, inputs), combined};
 }
 
+int64_t plan_gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> metric, bool stacked,
+                  std::vector<int64_t> addresses) {
+  auto walks = read_arguments(grads, num_tasks, metric, stacked);
+  Problem problem = make_problem(std::move(walks), num_tasks, !metric.empty(), nullptr);
+  return planned_calls<Problem>().add(std::move(grads), std::move(metric), addresses, std::move(problem));
+}
+
+std::optional<Tensor> planned_gram(Tensor, int64_t number) {
+  const auto call = planned_calls<Problem>().find(number);
+  if (!call->is_current()) return std::nullopt;
+  return run_gram(call->work, call->grads[0]);
+}
+
+void forget_plan(Tensor, int64_t number) { planned_calls<Problem>().remove(number); }
+
 }  // namespace
 }  // namespace gradstats
 
@@ -269,6 +286,9 @@ STABLE_TORCH_LIBRARY_IMPL(gradstats, CPU, library) {
   library.impl("gram_combine", TORCH_BOX(&gradstats::gram_combine));
   library.impl("linear_gram", TORCH_BOX(&gradstats::linear_gram));
   library.impl("linear_gram_combine", TORCH_BOX(&gradstats::linear_gram_combine));
+  library.impl("_plan_gram", TORCH_BOX(&gradstats::plan_gram));
+  library.impl("_planned_gram", TORCH_BOX(&gradstats::planned_gram));
+  library.impl("_forget_plan", TORCH_BOX(&gradstats::forget_plan));
 }
 
 // Importing the module is what loads the library; it has no Python functions of its own.

@@ -6,6 +6,7 @@ their own dispatch key, so the dispatcher picks the fastest one that is there fo
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -13,8 +14,7 @@ from torch import Tensor
 
 from gradstats.ops import reference
 
-#: What a gradient may be made of.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = reference.DTYPES
 
 SCHEMAS = (
     "gram(Tensor[] grads, int num_tasks, Tensor[] metric, bool stacked) -> Tensor",
@@ -22,10 +22,14 @@ SCHEMAS = (
     "gram_combine(Tensor[] grads, int num_tasks, Tensor weights, Tensor[] metric, bool stacked) -> (Tensor, Tensor[])",
     "linear_gram(Tensor inputs, Tensor[] cotangents) -> Tensor",
     "linear_gram_combine(Tensor inputs, Tensor[] cotangents, Tensor weights) -> (Tensor, Tensor)",
+    "_plan_gram(Tensor[] grads, int num_tasks, Tensor[] metric, bool stacked, int[] addresses) -> int",
+    "_planned_gram(Tensor like, int plan) -> Tensor?",
+    "_forget_plan(Tensor like, int plan) -> ()",
 )
 
 
 def _gram_fake(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stacked: bool) -> Tensor:
+    reference.check(grads, num_tasks, metric, stacked)
     return grads[0].new_empty((num_tasks, num_tasks), dtype=torch.float64)
 
 
@@ -77,6 +81,14 @@ def _linear_gram_combine_by_parts(
     return gramian, combined
 
 
+def _no_plan(
+    grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stacked: bool, addresses: Sequence[int]
+) -> int:
+    """What a backend that keeps no plans does."""
+    reference.check(grads, num_tasks, metric, stacked)
+    return 0
+
+
 # Kept alive for the life of the process: the dispatcher drops the definitions with the object.
 _library = torch.library.Library("gradstats", "DEF")
 for _schema in SCHEMAS:
@@ -86,6 +98,7 @@ _library.impl("combine", reference.combine, "CompositeExplicitAutograd")
 _library.impl("gram_combine", _gram_then_combine, "CompositeExplicitAutograd")
 _library.impl("linear_gram", _linear_gram_by_parts, "CompositeExplicitAutograd")
 _library.impl("linear_gram_combine", _linear_gram_combine_by_parts, "CompositeExplicitAutograd")
+_library.impl("_plan_gram", _no_plan, "CompositeExplicitAutograd")
 torch.library.register_fake("gradstats::gram", _gram_fake, lib=_library)
 torch.library.register_fake("gradstats::combine", _combine_fake, lib=_library)
 torch.library.register_fake("gradstats::gram_combine", _gram_combine_fake, lib=_library)
@@ -96,22 +109,58 @@ torch.library.register_fake("gradstats::linear_gram_combine", _linear_gram_combi
 def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor] = (), stacked: bool = False) -> Tensor:
     """Gramian ``J diag(metric) Jᵀ`` of the gradients of ``num_tasks`` tasks, through the dispatcher.
 
-    This is the unchecked layer below :func:`gradstats.pairwise`, which validates and normalises its input.
+    This is the layer below :func:`gradstats.pairwise`, which normalises its input and says more of what is wrong.
 
     Args:
         grads: With ``stacked=False``, ``T·K`` tensors in task-major order: ``grads[t * K + k]`` is the gradient of
             task ``t`` for parameter ``k``. For each ``k`` shape and dtype agree between tasks, strides need not; a
-            tensor with no entries stands for a gradient of zeros. With ``stacked=True``, ``K`` blocks of shape
-            ``[T, *param_k]`` with any strides.
+            tensor of shape ``[0]`` and any dtype stands for a gradient of zeros. With ``stacked=True``, ``K`` blocks of
+            shape ``[T, *param_k]`` with any strides.
         num_tasks: ``T``, at least 1.
         metric: Empty, or ``K`` tensors of shape ``param_k`` with non-negative entries.
         stacked: Which of the two forms ``grads`` has.
 
     Returns:
         Float64 tensor ``[T, T]``, exactly symmetric, on the device of ``grads``.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: If the tensors do not go together: every kernel tells.
     """
     result: Tensor = torch.ops.gradstats.gram(list(grads), num_tasks, list(metric), stacked)
     return result
+
+
+class GramPlan:
+    """:func:`gram` of tensors whose memory is used again and again: their addresses and layouts are read once.
+
+    The tensors are kept alive, and each call compares them with what was read. A backend that keeps no plans reads them
+    at each call, as does code under ``torch.compile``.
+
+    Args:
+        grads: As for :func:`gram`.
+        num_tasks: ``T``, at least 1.
+        metric: As for :func:`gram`.
+        stacked: Which of the two forms ``grads`` has.
+    """
+
+    def __init__(self, grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stacked: bool) -> None:
+        self._arguments = list(grads), num_tasks, list(metric), stacked
+        addresses = list(map(Tensor.data_ptr, (*grads, *metric)))
+        self._number: int = torch.ops.gradstats._plan_gram(*self._arguments, addresses)
+        self._like = grads[0].new_empty(0)  # by which the backend is chosen that has the plan
+        if self._number:
+            weakref.finalize(self, torch.ops.gradstats._forget_plan, self._like, self._number)
+
+    def __call__(self) -> Tensor | None:
+        """What :func:`gram` gives now; None if a tensor is no longer where it was, or has another layout or dtype."""
+        if not self._number or torch.compiler.is_compiling():
+            with torch.no_grad():
+                return gram(*self._arguments)
+        result: Tensor | None = torch.ops.gradstats._planned_gram(self._like, self._number)
+        return result
+
+    def __reduce__(self) -> tuple[type[GramPlan], tuple[list[Tensor], int, list[Tensor], bool]]:
+        return GramPlan, self._arguments  # a copy, or another process, has a plan of its own
 
 
 def combine(grads: Sequence[Tensor], num_tasks: int, weights: Tensor, stacked: bool = False) -> list[Tensor]:

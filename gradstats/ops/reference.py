@@ -11,12 +11,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+#: What a gradient may be made of.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 # Entries of one float64 working block (32 MiB): bounds the extra memory whatever the size of a parameter.
 _BLOCK_ENTRIES = 1 << 22
 
 
 def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stacked: bool) -> Tensor:
     """Kernel of ``gradstats::gram``; the arguments are described at :func:`gradstats.ops.gram`."""
+    check(grads, num_tasks, metric, stacked)
     total = torch.zeros((num_tasks, num_tasks), dtype=torch.float64, device=grads[0].device)
     for k, parameter in enumerate(rows_by_parameter(grads, num_tasks, stacked)):
         rows = [row.reshape(-1) for row in parameter]
@@ -30,6 +34,32 @@ def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stac
             total += block @ block.T
     # A matrix product need not be symmetric to the last bit; the contract is.
     return total.triu() + total.triu(1).T
+
+
+def check(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stacked: bool) -> None:
+    """Raise ValueError where ``gradstats::gram`` could not read its arguments, as the other kernels do."""
+    if num_tasks < 1 or not grads:
+        raise ValueError("gradstats: expected at least one task and one tensor")
+    device = grads[0].device
+    for tensor in (*grads, *metric):
+        if tensor.device != device:
+            raise ValueError(f"gradstats: expected all tensors on {device}, got one on {tensor.device}")
+        if tensor.layout is not torch.strided or tensor.dtype not in DTYPES:
+            raise ValueError("gradstats: expected float32, float64, float16 or bfloat16 tensors, dense ones")
+    if stacked and any(block.ndim == 0 or block.shape[0] != num_tasks for block in grads):
+        raise ValueError("gradstats: expected stacked blocks of shape [num_tasks, ...]")
+    if not stacked and len(grads) % num_tasks:
+        raise ValueError(f"gradstats: {len(grads)} tensors are not a multiple of num_tasks = {num_tasks}")
+    parameters = list(rows_by_parameter(grads, num_tasks, stacked))
+    if metric and len(metric) != len(parameters):
+        raise ValueError(f"gradstats: expected a metric of {len(parameters)} tensors, got {len(metric)}")
+    for k, rows in enumerate(parameters):
+        present = [row for row in rows if row.shape != (0,)]
+        scale = metric[k : k + 1] if any(row.numel() for row in present) else []
+        if any(tensor.shape != present[0].shape for tensor in (*present, *scale)):
+            raise ValueError("gradstats: tensors of one parameter differ in shape")
+        if any(row.dtype != present[0].dtype for row in present):
+            raise ValueError("gradstats: tensors of one parameter differ in dtype")
 
 
 def combine(grads: Sequence[Tensor], num_tasks: int, weights: Tensor, stacked: bool) -> list[Tensor]:
