@@ -342,7 +342,7 @@ def _stacked(listed: list[Tensor | None]) -> Tensor:
 
 
 def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
-    return (losses * weights.to(losses)).sum()  # not ``@``, which autocast would do in 16 bits
+    return torch.dot(losses, weights.to(losses))  # not ``@``, which autocast would do in 16 bits
 
 
 def _device(listed: list[Tensor | None]) -> torch.device:

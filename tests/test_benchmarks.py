@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import collect
+import handover
 import plan
 import pytest
 import render
 import torch
+import weightings
 from cases import SHARINGS, build_case
 from methods import METHODS
 
@@ -91,6 +93,26 @@ def test_plans_predict_what_collections_take(share):
 def test_a_budget_bounds_what_tensors_take(model):
     sizes = plan.follow_plan(model, 8, 0.9, print)["mebibytes"]
     assert sizes["tensors"] <= 1.02 * sizes["predicted"]
+
+
+@pytest.mark.parametrize("name", ["uw", "dwa", "gls", "famo", "imtl_l"])  # the others differ in scale or at random
+def test_weightings_are_timed_with_the_same_result(name):
+    losses = torch.tensor([0.3, 1.0, 4.0], dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for call in weightings.loss_calls(name, losses).values():
+        call()
+        gradients.append(losses.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=0.0)
+
+
+def test_weightings_are_timed_beside_torchjd(tmp_path):
+    out = tmp_path / "weightings.json"
+    weightings.main(["--out", str(out), "--names", "dualproj", "exact_slw", "gls", "--sizes", "3", "--seconds", "0"])
+    records = json.loads(out.read_text())["records"]
+    assert [r["name"] for r in records] == ["dualproj"] * 3 + ["exact_slw"] * 3 + ["gls"]
+    for record in records:
+        assert record["gradstats"] > 0
+        assert record.get("torchjd", 0) > 0 or record["name"] == "exact_slw"
 
 
 @pytest.mark.slow
@@ -196,3 +218,34 @@ def test_tables_and_picture_show_what_was_measured(tmp_path, monkeypatch):
     drawn = {p.get_label(): p.get_offsets().tolist() for p in figure.axes[0].collections}
     assert drawn["gradstats"] == [[10.0, 0.0]]
     assert drawn["TorchJD autogram"] == [[55.0, 0.0]]
+
+
+@pytest.mark.parametrize("name", handover.OPTIMIZERS)
+def test_rescaled_moments_are_those_of_longer_gradients(name):
+    """What handover.py does to an optimizer's state, against an optimizer that has seen longer gradients all along."""
+    gradients = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    states = []
+    for factor in (1.0, 30.0):
+        module = torch.nn.Linear(4, 1, bias=False)
+        optimizer = handover.OPTIMIZERS[name][0](module.parameters(), 1e-3)
+        for gradient in gradients:
+            module.weight.grad = factor * gradient[None]
+            optimizer.step()
+        if factor == 1.0:
+            handover.multiply(optimizer, module, 30.0)
+        states.append(dict(optimizer.state[module.weight]))
+    torch.testing.assert_close(*states)
+
+
+def test_weights_are_handed_over_in_all_ways(tmp_path, monkeypatch):
+    monkeypatch.setitem(handover.OPTIMIZERS, "Adam", (torch.optim.Adam, [3e-3]))
+    out = tmp_path / "handover.json"
+    handover.main(["--out", str(out), "--steps", "100", "--seeds", "1", "--optimizers", "Adam"])
+    found = json.loads(out.read_text())
+    records = {r["way"]: r["errors"] for r in found["records"]}
+    assert list(records) == [way.title for way in handover.WAYS]
+    assert len({str(errors) for errors in records.values()}) == len(records), "all ways differ"
+    monkeypatch.setattr(render, "load", lambda name: found)
+    lines = render.handover_table().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == list(records)
+    assert lines[2 + list(records).index("ideal fixed weights")].endswith(" 0.0 |")
