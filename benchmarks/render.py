@@ -12,6 +12,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from cases import MODELS
 from methods import APART, FUSED, METHODS, OURS, PLAIN, TASK_BACKWARDS
 
 from gradstats import weighting
-from gradstats.report import COLOURS, save_figure, table, write_file
+from gradstats.report import COLOURS, interval, relative_drop, save_figure, table, write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -286,6 +287,21 @@ def plan_table() -> str:
     return table(header, rows, markdown=True)
 
 
+def handover_table() -> str:
+    """Mean increase of the tasks' errors in percent over those with the ideal fixed weights, of the same seed."""
+    records = load("handover")["records"]
+    errors = {(r["way"], r["optimizer"]): r["errors"] for r in records}
+    ways, optimizers = (list(dict.fromkeys(r[key] for r in records)) for key in ("way", "optimizer"))
+
+    def cell(way: str, optimizer: str) -> str:
+        pairs = zip(errors[way, optimizer], errors["ideal fixed weights", optimizer], strict=True)
+        drops = [relative_drop(own, ideal, higher_is_better=dict.fromkeys(own, False)) for own, ideal in pairs]
+        return f"{interval(drops):.1f}" if all(map(math.isfinite, drops)) else "diverges"
+
+    rows = [[way, *(cell(way, optimizer) for optimizer in optimizers)] for way in ways]
+    return table(["Δ (%), lower is better", *optimizers], rows, markdown=True)
+
+
 def weightings_table() -> str:
     """What there is to know of every weighting."""
     rows = []
@@ -314,6 +330,7 @@ def weighting_times_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "weightings": weightings_table,
     "weighting times": weighting_times_table,
+    "handover": handover_table,
     "overhead": overhead_table,
     "plan": plan_table,
     "collect targets": targets_table,
