@@ -4,14 +4,15 @@ Every segment is passed in one of two ways. *Task by task* runs it ``T`` times, 
 the caches. *Batched* runs it once with the gradients of all tasks beside each other (``torch.vmap``), which spares the
 launching of operators where they are small, and makes one large matrix product of ``T`` thin ones.
 
-The gradients of a weight with respect to ``T`` tasks are *formed*, ``T`` times its size, or, for a linear layer on
-fewer rows than its fan-in, stay *factored*: their products are taken in an orthonormal basis of the layer's inputs.
+The gradients of a weight with respect to ``T`` tasks are *formed*, ``T`` times its size, or, for a linear layer, stay
+*factored*: the cotangents of its output wait for those of all tasks, and the gradients are formed and multiplied part
+by part in cache (:func:`gradstats.ops.linear_gram`), in an orthonormal basis of the layer's inputs where these are few.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 #: Largest gradient of one task in a segment that is still passed batched: ``T`` of them leave the caches.
 _BATCHED_BYTES = 1 << 19
@@ -19,6 +20,9 @@ _BATCHED_BYTES = 1 << 19
 SMALL_BYTES = 1 << 20
 #: What one operation of a QR decomposition in float64 costs in those of a matrix product in float32, as measured.
 _QR_COST = 8
+#: What one operation of ``ops.linear_gram`` costs in those of the formed way, as measured, and the multiples of outputs
+#: and inputs in which it works.
+_IN_CACHE_COST, _OUTPUTS, _INPUTS = 0.5, 8, 32
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class LeafFacts:
         itemsize: Bytes of an entry.
         products: Multiply-adds that one task's gradient takes.
         factors: Rows, fan-in and fan-out of the linear layer that alone uses it, if one does.
+        enters: Whether the cotangents of that layer's output are gradients that enter the segment, and so wait anyway.
     """
 
     name: str
@@ -38,6 +43,7 @@ class LeafFacts:
     itemsize: int
     products: int
     factors: tuple[int, int, int] | None = None
+    enters: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class SegmentFacts:
             self.bytes_in,
             other.bytes_out,
             max(self.widest, other.widest),
-            self.leaves + other.leaves,
+            self.leaves + tuple(replace(leaf, enters=False) for leaf in other.leaves),
         )
 
 
@@ -99,9 +105,7 @@ class Step:
         facts, tasks = self.facts, self.facts.tasks
         formed = max(sum(_formed_bytes(facts.leaves[k]) for k in group) for group in self.passes)
         factored = sum(_factored_bytes(facts.leaves[k]) for k in self.factored)
-        # Rows that were found one by one are copied to stand beside each other: those that enter a batched pass, and
-        # the cotangents of factored layers after any other.
-        copied = facts.bytes_in if self.batched else factored // 2
+        copied = facts.bytes_in if self.batched else 0  # to stand beside each other
         passing = 2 * facts.widest * (tasks if self.batched else 1)
         return tasks * (facts.bytes_in + facts.bytes_out + formed + factored + copied) + passing
 
@@ -190,6 +194,10 @@ def make_plan(
 def _greedy(segments: Sequence[SegmentFacts], batched: bool | None, may_factor: bool, max_bytes: int | None) -> Plan:
     """Each segment in the way that is best for it, and neighbours joined while that needs no more memory."""
     single = [_lean_step(facts, batched, may_factor, max_bytes) for facts in segments]
+    if may_factor:
+        formed = _greedy(segments, batched, False, None).bytes
+        room = formed if max_bytes is None else min(formed, max_bytes)
+        single = [_fast_step(step, room) for step in single]
     bound = max([SMALL_BYTES, *(step.bytes for step in single)])
     if max_bytes is not None:
         bound = min(bound, max_bytes)
@@ -207,7 +215,11 @@ def _greedy(segments: Sequence[SegmentFacts], batched: bool | None, may_factor: 
 def _lean_step(facts: SegmentFacts, batched: bool | None, may_factor: bool, max_bytes: int | None) -> Step:
     """One segment, in the faster way; what is over ``max_bytes`` in the leaner one."""
     fast = facts.batches_well and facts.widest <= _BATCHED_BYTES and facts.tasks > 1
-    factored = frozenset(k for k, leaf in enumerate(facts.leaves) if may_factor and _should_factor(leaf, facts.tasks))
+    factored = frozenset(
+        k
+        for k, leaf in enumerate(facts.leaves)
+        if may_factor and _is_faster_factored(leaf, facts.tasks) and _factored_bytes(leaf) <= _formed_bytes(leaf)
+    )
     formed = tuple(k for k in range(len(facts.leaves)) if k not in factored)
     step = Step(1, fast if batched is None else batched, factored, (formed,), facts)
     if max_bytes is None or step.bytes <= max_bytes:
@@ -217,6 +229,17 @@ def _lean_step(facts: SegmentFacts, batched: bool | None, may_factor: bool, max_
     if step.bytes <= max_bytes:
         return step
     return Step(1, step.batched, factored, _in_passes(facts, formed, max_bytes - step.bytes), facts)
+
+
+def _fast_step(step: Step, max_bytes: int) -> Step:
+    """The step with further gradients factored, though that takes more memory, as far as ``max_bytes`` allow."""
+    leaves = step.facts.leaves
+    for k in sorted(step.passes[0], key=lambda k: -leaves[k].products):
+        if len(step.passes) == 1 and _is_faster_factored(leaves[k], step.facts.tasks):
+            passes = (tuple(other for other in step.passes[0] if other != k),)
+            faster = replace(step, factored=step.factored | {k}, passes=passes)
+            step = faster if faster.bytes <= max_bytes else step
+    return step
 
 
 def _in_passes(facts: SegmentFacts, formed: Sequence[int], over: int) -> tuple[tuple[int, ...], ...]:
@@ -250,13 +273,19 @@ def _joint_step(upper: Step, lower: Step) -> Step | None:
     )
 
 
-def _should_factor(leaf: LeafFacts, tasks: int) -> bool:
-    return (
-        leaf.factors is not None
-        and leaf.factors[0] < leaf.factors[1]
-        and _factored_operations(leaf, tasks) < _formed_operations(leaf, tasks)
-        and _factored_bytes(leaf) <= _formed_bytes(leaf)
+def takes_basis(tasks: int, rows: int, fan_in: int, fan_out: int) -> bool:
+    """Whether gradients that stay factored are multiplied in an orthonormal basis of the inputs of their layer."""
+    return rows < fan_in and _basis_operations(tasks, rows, fan_in, fan_out) < _linear_operations(
+        tasks, rows, fan_in, fan_out
     )
+
+
+def _is_faster_factored(leaf: LeafFacts, tasks: int) -> bool:
+    if leaf.factors is None:
+        return False
+    _, fan_in, fan_out = leaf.factors
+    padded = -(-fan_in // _INPUTS) * _INPUTS * -(-fan_out // _OUTPUTS) * _OUTPUTS
+    return takes_basis(tasks, *leaf.factors) or _IN_CACHE_COST * padded < leaf.numel
 
 
 def _formed_bytes(leaf: LeafFacts) -> int:
@@ -264,9 +293,9 @@ def _formed_bytes(leaf: LeafFacts) -> int:
 
 
 def _factored_bytes(leaf: LeafFacts) -> int:
-    """The cotangents, and they in the basis."""
+    """Of the cotangents."""
     rows, _, fan_out = leaf.factors or (0, 0, 0)
-    return 2 * rows * fan_out * leaf.itemsize
+    return 0 if leaf.enters else rows * fan_out * leaf.itemsize
 
 
 def _formed_operations(leaf: LeafFacts, tasks: int) -> int:
@@ -274,6 +303,14 @@ def _formed_operations(leaf: LeafFacts, tasks: int) -> int:
 
 
 def _factored_operations(leaf: LeafFacts, tasks: int) -> int:
-    rows, fan_in, fan_out = leaf.factors or (0, 0, 0)
-    basis = _QR_COST * 2 * rows * rows * fan_in
-    return basis + tasks * rows * rows * fan_out + tasks * (tasks + 1) // 2 * rows * fan_out
+    factors = leaf.factors or (0, 0, 0)
+    return _basis_operations(tasks, *factors) if takes_basis(tasks, *factors) else _linear_operations(tasks, *factors)
+
+
+def _linear_operations(tasks: int, rows: int, fan_in: int, fan_out: int) -> int:
+    """Of ``ops.linear_gram``."""
+    return (tasks * rows + tasks * (tasks + 1) // 2) * fan_in * fan_out
+
+
+def _basis_operations(tasks: int, rows: int, fan_in: int, fan_out: int) -> int:
+    return _QR_COST * 2 * rows * rows * fan_in + _linear_operations(tasks, rows, rows, fan_out)

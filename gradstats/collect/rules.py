@@ -44,6 +44,8 @@ class Rows:
             ``[*, *operand]``.
         outer: Whether the gradient is the plain sum of the outer products of ``left [N, k]`` and ``right [*, N, o]``,
             so that the inner product of two gradients is ``Σ_nm (left leftᵀ)_nm (right rightᵀ)_nm``.
+        arrange: Where that holds, makes of the product ``rightᵀ left``, ``[*, o, k]``, the gradient ``[*, *operand]``.
+            None where it is not made so.
         unfold: Where that holds for more rows, ``m`` for each of the ``N`` (a convolution's positions): makes of
             ``right [N, o, ...]``, with ``m`` entries after the second dimension, ``left [N m, k]`` and
             ``right [N m, o]``. None where it does not hold.
@@ -53,6 +55,7 @@ class Rows:
     right: Callable[[Tensor], Tensor]
     contract: Callable[[Tensor | None, Tensor], Tensor]
     outer: bool = False
+    arrange: Callable[[Tensor], Tensor] | None = None
     unfold: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     @classmethod
@@ -68,7 +71,10 @@ class Rows:
                 return right.mT @ left
             return (right.mT @ left).mT if by_column else left.mT @ right
 
-        return cls(left, lambda grad: grad, contract, outer=True)
+        def arrange(product: Tensor) -> Tensor:
+            return product if transposed else product.mT
+
+        return cls(left, lambda grad: grad, contract, outer=True, arrange=arrange)
 
     @classmethod
     def summed(cls, right: Callable[[Tensor], Tensor], shape: torch.Size) -> Rows:
@@ -208,6 +214,7 @@ def _bmm(node: AnyNode, child: int, shape: torch.Size) -> Rows | None:
         lambda grad: grad.squeeze(-3),
         lambda left, right: plain.contract(left, right).unsqueeze(-3),
         outer=True,
+        arrange=lambda product: product.mT.unsqueeze(-3),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +26,8 @@ _BATCH_WELL = {
     )
     for name in names
 }
+#: Nodes that hand their gradient on as it is, or as a view.
+_PASSING = {"Add", "T", "Transpose", "Permute", "View", "UnsafeView", "Squeeze", "Unsqueeze", "Alias"}
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,14 @@ class Survey:
         if len(found) != 1 or tensor.ndim < 2 or not tensor.numel():
             return None
         rows = found[0].rows(tensor)
-        if rows is None or not rows.outer or rows.left is None or rows.left.ndim != 2 or not rows.left.numel():
+        if rows is None or rows.arrange is None or rows.left is None or rows.left.ndim != 2 or not rows.left.numel():
             return None
         return Linear(leaf, found[0], rows, rows.left.detach())
 
     def _measure(self) -> list[SegmentFacts]:
         graph = self._graph
         entering = _entering(graph, self.segments)
+        self._waiting = _passed_on(graph, set().union(*entering))
         return [
             SegmentFacts(
                 tasks=max((graph.reached_by[node].bit_count() for node in segment.nodes), default=1),
@@ -134,11 +137,12 @@ class Survey:
         rows = 1
         if leaf.ndim >= 2 and found and found[0].node.name() != "EmbeddingBackward0":
             rows = max(1, sum(_numel((use.node, 0)) for use in found) // max(1, leaf.shape[0]))
-        factors = None
-        if node in self.linear:
-            num_rows, fan_in = self.linear[node].inputs.shape
-            factors = (num_rows, fan_in, leaf.numel() // fan_in)
-        return LeafFacts(self._labels.get(node, ""), leaf.numel(), leaf.element_size(), rows * leaf.numel(), factors)
+        facts = LeafFacts(self._labels.get(node, ""), leaf.numel(), leaf.element_size(), rows * leaf.numel())
+        if node not in self.linear:
+            return facts
+        num_rows, fan_in = self.linear[node].inputs.shape
+        factors = (num_rows, fan_in, leaf.numel() // fan_in)
+        return replace(facts, factors=factors, enters=self.linear[node].output in self._waiting)
 
 
 def _entering(graph: Graph, segments: Sequence[Segment]) -> list[set[Edge]]:
@@ -149,6 +153,26 @@ def _entering(graph: Graph, segments: Sequence[Segment]) -> list[set[Edge]]:
         if edge[0] in segment_of:
             entering[segment_of[edge[0]]].add(edge)
     return entering
+
+
+def _passed_on(graph: Graph, entering: set[Edge]) -> set[Edge]:
+    """The edges at which gradients of ``entering`` arrive as they are, so that they share its memory."""
+    sources: dict[Edge, list[Node]] = {}
+    for node, edges in graph.children.items():
+        for edge in edges:
+            sources.setdefault(edge, []).append(node)
+    found = set(entering)
+    for node in graph.children:  # from the losses downwards
+        for edge in graph.children[node]:
+            if len(sources[edge]) == 1 and (node, 0) in found and _passes_on(node, edge):
+                found.add(edge)
+    return found
+
+
+def _passes_on(node: Node, edge: Edge) -> bool:
+    """Whether ``node`` hands its gradient on to ``edge`` without a copy."""
+    same = _numel((node, 0)) == _numel(edge) and metadata_of((node, 0)).dtype == metadata_of(edge).dtype
+    return same and getattr(node, "_saved_alpha", 1) == 1 and node.name().removesuffix("Backward0") in _PASSING
 
 
 def _numel(edge: Edge) -> int:

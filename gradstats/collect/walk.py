@@ -25,7 +25,7 @@ from gradstats import ops
 from gradstats.collect.fold import Fold
 from gradstats.collect.graph import Edge, cross, edge_of, pull, zero_gradient
 from gradstats.collect.job import Job
-from gradstats.collect.plan import SMALL_BYTES, Plan, Step, make_plan
+from gradstats.collect.plan import SMALL_BYTES, Plan, Step, make_plan, takes_basis
 from gradstats.collect.segments import Segment, join
 from gradstats.collect.survey import Linear, Survey
 
@@ -384,25 +384,17 @@ class _Walk:
     # ---- linear layers whose weight gradients are not formed -------------------------------------------------------
 
     def _fold_factored(self, leaf: Node, rows: Rows) -> None:
-        """Fold in the gradients ``DᵀA`` from the cotangents ``D`` of a layer's output.
-
-        With ``Aᵀ = QR`` they are ``(R D)ᵀ Qᵀ``, and the rows of ``Qᵀ`` are orthonormal: ``R D`` has the same products.
-        """
-        layer = self._linear[leaf]
+        """Fold in the gradients of a layer's weight, from the cotangents of its output."""
+        layer, weights = self._linear[leaf], self._job.weights
         tasks = _present(rows)
         if not tasks:
             return
-        right = layer.rows.right(_stacked(rows, tasks))
-        wide = torch.promote_types(right.dtype, torch.float32)
-        triangle = torch.linalg.qr(layer.inputs.double().mT, mode="r").R.to(wide)
-        # Not ``triangle @ right``, which copies to fold the tasks into one product.
-        reduced = torch.bmm(triangle.expand(len(tasks), -1, -1), right.to(wide))
-        gram = ops.gram([reduced], len(tasks), [], stacked=True)
+        cotangents = [layer.rows.right(row) for row in rows if row is not None]
+        gram, combined = _products(layer.inputs, cotangents, None if weights is None else weights[tasks])
         self.fold.add_gram(self._inputs[leaf, 0], gram, tasks)
-        if self._job.weights is not None:
-            summed = torch.tensordot(self._job.weights[tasks].to(wide), right.to(wide), 1)
-            operand = layer.rows.contract(layer.inputs, summed.to(right.dtype))
-            self._add_weighted(leaf, layer.use.restore(operand))
+        if combined is not None:
+            assert layer.rows.arrange is not None
+            self._add_weighted(leaf, layer.use.restore(layer.rows.arrange(combined)))
 
     # ---- the weighted sum ------------------------------------------------------------------------------------------
 
@@ -427,6 +419,24 @@ class _Walk:
         wide = block.to(torch.promote_types(block.dtype, torch.float32))
         total: Tensor = torch.tensordot(self._job.weights[tasks].to(wide), wide, 1)
         return total.to(block.dtype)
+
+
+def _products(inputs: Tensor, cotangents: list[Tensor], weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The Gramian of the gradients ``DᵀA`` of inputs ``A`` and cotangents ``D``, and with weights their weighted sum.
+
+    With ``Aᵀ = QR`` they are ``(DᵀRᵀ)Qᵀ``, and the rows of ``Qᵀ`` are orthonormal: ``DᵀRᵀ`` has the same products.
+    """
+    (rows, fan_in), fan_out = inputs.shape, cotangents[0].shape[1]
+    if takes_basis(len(cotangents), rows, fan_in, fan_out):
+        triangle = torch.linalg.qr(inputs.double().mT, mode="r").R.to(torch.promote_types(inputs.dtype, torch.float32))
+        gram = ops.linear_gram(triangle.mT, cotangents)
+        if weights is None:
+            return gram, None
+        (summed,) = ops.combine(cotangents, len(cotangents), weights)
+        return gram, summed.mT @ inputs
+    if weights is None:
+        return ops.linear_gram(inputs, cotangents), None
+    return ops.linear_gram_combine(inputs, cotangents, weights)
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
