@@ -42,9 +42,16 @@ class Meant:
 # The registers leave room for the blocks that the kernels' launch bounds ask for.
 MEANT = [
     *(
-        Meant(f"register_kernel<{dtype}, {tasks},", registers, "DFMA" if dtype == "double" else "FFMA")
+        Meant(
+            f"register_kernel<{dtype}, {tasks}, {beside},", registers, "DFMA" if "double" in (dtype, sums) else "FFMA"
+        )
         for dtype in ("float", "BFloat16", "Float16", "double")
-        for tasks, registers in ((2, 40), (4, 96), (6, 128), (8, 168))
+        for beside, sums, budget in (  # of 2, 4, 6 and 8 tasks
+            ("nothing", "float", (40, 96, 128, 168)),
+            ("metric", "double", (80, 128, 128, 168)),
+            ("combination", "float", (80, 128, 128, 168)),
+        )
+        for tasks, registers in zip((2, 4, 6, 8), budget, strict=True)
     ),
     *(
         Meant(f"combine_kernel<{dtype},", 40, "DFMA" if dtype == "double" else "FFMA")
@@ -97,6 +104,8 @@ def demangled(names: list[str]) -> dict[str, str]:
     """Short forms of the linker's names."""
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     text = text.replace("(anonymous namespace)::", "")
+    for value, beside in enumerate(("nothing", "metric", "combination")):  # as the enum of csrc/cuda/table.h
+        text = text.replace(f"(gradstats::cuda::Beside){value}", beside)
     short = [re.sub(r"^void |\(.*|gradstats::(cuda::)?", "", line) for line in text.splitlines()]
     return dict(zip(names, short, strict=True))
 
@@ -164,7 +173,7 @@ def main() -> None:
         checked += len(kernels)
         print(f"{source.name}: registers")
         for name, counts in sorted(registers.items()):
-            print(f"  {name:48} {', '.join(counts)}")
+            print(f"  {name:60} {', '.join(counts)}")
     for name in {meant.name for meant in MEANT} - seen:
         print(f"FAILED {name}...: no such kernel")
         failed += 1

@@ -222,31 +222,29 @@ static const char* name_of(Kernel kernel) {
   return kernel == Kernel::general ? "general" : kernel == Kernel::registers ? "registers" : "fragments";
 }
 
-// A parameter as Python gives it: pointers to rows (0: no gradient), number of entries, dtype, metric (0: none).
-using Parameter = std::tuple<std::vector<uintptr_t>, int64_t, int, uintptr_t>;
+// A parameter as Python gives it: pointers to rows (0: no gradient), the tasks' and what is beside them, the number of
+// entries, their dtype, and that of the metric.
+using Parameter = std::tuple<std::vector<uintptr_t>, int64_t, int, int>;
 
-static Walk walk_of(const Parameter& parameter, bool has_metric) {
-  const auto& [rows, numel, dtype, metric] = parameter;
-  Walk walk;
-  walk.numel = numel;
-  walk.dtype = static_cast<DType>(dtype);
-  walk.sizes = {numel};
-  for (uintptr_t row : rows) walk.data.push_back(reinterpret_cast<const void*>(row));
-  if (has_metric) walk.data.push_back(reinterpret_cast<const void*>(metric));
-  walk.strides.assign(walk.data.size(), 1);
-  return walk;
-}
-
-static std::vector<Walk> walks_of(const std::vector<Parameter>& parameters, bool has_metric) {
+static std::vector<Walk> walks_of(const std::vector<Parameter>& parameters) {
   std::vector<Walk> walks;
-  for (const Parameter& parameter : parameters) walks.push_back(walk_of(parameter, has_metric));
+  for (const auto& [rows, numel, dtype, metric_dtype] : parameters) {
+    Walk walk;
+    walk.numel = numel;
+    walk.dtype = static_cast<DType>(dtype);
+    walk.metric_dtype = static_cast<DType>(metric_dtype);
+    walk.sizes = {numel};
+    for (uintptr_t row : rows) walk.data.push_back(reinterpret_cast<const void*>(row));
+    walk.strides.assign(walk.data.size(), 1);
+    walks.push_back(walk);
+  }
   return walks;
 }
 
 // The launches in order: (kernel, table, segments, blocks for each slot, threads), and the number of slots.
-static py::tuple plan(int64_t num_tasks, const std::vector<Parameter>& parameters, bool has_metric) {
-  const std::vector<Walk> walks = walks_of(parameters, has_metric);
-  const Plan plan = make_plan(walks, num_tasks, has_metric);
+static py::tuple plan(int64_t num_tasks, const std::vector<Parameter>& parameters, Beside beside) {
+  const std::vector<Walk> walks = walks_of(parameters);
+  const Plan plan = make_plan(walks, num_tasks, beside);
   py::list launches;
   for (const FastLaunch& launch : plan.fast)
     std::visit(
@@ -256,7 +254,7 @@ static py::tuple plan(int64_t num_tasks, const std::vector<Parameter>& parameter
                                          table.num_segments, shape.blocks_per_slot, shape.threads));
         },
         launch.table);
-  GeneralPlan general(num_tasks, has_metric, plan.num_slots, !plan.fast.empty(), [&](const GeneralLaunch& launch) {
+  GeneralPlan general(num_tasks, beside == Beside::metric, plan.num_slots, !plan.fast.empty(), [&](const GeneralLaunch& launch) {
     launches.append(
         py::make_tuple("general", "small", launch.num_segments, num_tile_pairs(launch), kGeneralThreads));
   });
@@ -265,10 +263,11 @@ static py::tuple plan(int64_t num_tasks, const std::vector<Parameter>& parameter
   return py::make_tuple(launches, plan.num_slots);
 }
 
-// As gradstats::gram of csrc/cuda/gram.cu.
-static std::vector<double> gram(int64_t num_tasks, const std::vector<Parameter>& parameters, bool has_metric) {
-  const std::vector<Walk> walks = walks_of(parameters, has_metric);
-  const Plan plan = make_plan(walks, num_tasks, has_metric);
+// As run_gram of csrc/cuda/gram.cu.
+static std::vector<double> gram(int64_t num_tasks, const std::vector<Parameter>& parameters, Beside beside,
+                                const std::vector<double>& weights) {
+  const std::vector<Walk> walks = walks_of(parameters);
+  const Plan plan = make_plan(walks, num_tasks, beside, weights.data());
   std::vector<double> partial(num_pairs(num_tasks) * plan.num_slots, std::numeric_limits<double>::quiet_NaN());
   const auto slots = static_cast<unsigned>(plan.num_slots);
   for (const FastLaunch& launch : plan.fast)
@@ -279,7 +278,7 @@ static std::vector<double> gram(int64_t num_tasks, const std::vector<Parameter>&
                               [&] { fast_kernel(launch, table)(table, partial.data()); });
         },
         launch.table);
-  GeneralPlan general(num_tasks, has_metric, plan.num_slots, !plan.fast.empty(), [&](const GeneralLaunch& launch) {
+  GeneralPlan general(num_tasks, beside == Beside::metric, plan.num_slots, !plan.fast.empty(), [&](const GeneralLaunch& launch) {
     emulation::run_grid({slots, static_cast<unsigned>(num_tile_pairs(launch))}, kGeneralThreads,
                         [&] { general_kernel(launch, partial.data()); });
   });
@@ -295,16 +294,16 @@ static std::vector<double> gram(int64_t num_tasks, const std::vector<Parameter>&
 
 // As gradstats::combine of csrc/cuda/gram.cu; the last row of each parameter is written. Returns the number of launches.
 static size_t combine(int64_t num_tasks, const std::vector<Parameter>& parameters, const std::vector<double>& weights) {
-  const std::vector<Walk> walks = walks_of(parameters, false);
+  const std::vector<Walk> walks = walks_of(parameters);
   std::vector<const Walk*> dense;
   for (const Walk& walk : walks) dense.push_back(&walk);
-  const std::vector<CombineLaunch> launches = plan_combine(dense, num_tasks);
+  const std::vector<CombineLaunch> launches = plan_combine(dense, num_tasks, weights.data());
   for (const CombineLaunch& launch : launches)
     std::visit(
         [&](const auto& table) {
           with_dtype(launch.dtype, [&](auto in) {
             emulation::run_grid({static_cast<unsigned>(table.num_slots), 1}, kCombineThreads,
-                                [&] { combine_kernel<decltype(in)>(table, weights.data()); });
+                                [&] { combine_kernel<decltype(in)>(table); });
           });
         },
         launch.table);
@@ -312,8 +311,13 @@ static size_t combine(int64_t num_tasks, const std::vector<Parameter>& parameter
 }
 
 PYBIND11_MODULE(cuda_on_host, module) {
-  module.def("choose_kernel", [](int dtype, int64_t num_tasks, bool dense, bool has_metric) {
-    return name_of(choose_kernel(static_cast<DType>(dtype), num_tasks, dense, has_metric));
+  py::enum_<Beside>(module, "Beside")
+      .value("nothing", Beside::nothing)
+      .value("metric", Beside::metric)
+      .value("combination", Beside::combination);
+  module.def("choose_kernel", [](int dtype, int64_t num_tasks, bool dense, Beside beside, int metric_dtype) {
+    return name_of(
+        choose_kernel(static_cast<DType>(dtype), num_tasks, dense, beside, static_cast<DType>(metric_dtype)));
   });
   module.def("set_tensor_core", [](int at_a_time, int bits) {
     ptx::products_at_a_time = at_a_time;

@@ -51,19 +51,21 @@ def kernels(compiled: ModuleType) -> Iterator[ModuleType]:
     return compiled
 
 
-def parameters(rows: Rows, metric: list[Tensor] | None) -> list[tuple[list[int], int, int, int]]:
-    """What the module takes, of ``rows[task][parameter]`` (1-d, contiguous, or None)."""
+def parameters(rows: Rows, beside: list[Tensor] | None = None) -> list[tuple[list[int], int, int, int]]:
+    """What the module takes, of ``rows[task][parameter]`` (1-d, contiguous, or None) and what is beside them."""
     result = []
     for k in range(len(rows[0])):
         gradients = [row[k] for row in rows]
         present = next(g for g in gradients if g is not None)
-        pointers = [0 if g is None else g.data_ptr() for g in gradients]
-        result.append((pointers, present.numel(), CODES[present.dtype], metric[k].data_ptr() if metric else 0))
+        last = [beside[k]] if beside else []
+        pointers = [0 if g is None else g.data_ptr() for g in (*gradients, *last)]
+        result.append((pointers, present.numel(), CODES[present.dtype], CODES[(*last, present)[0].dtype]))
     return result
 
 
 def run(kernels: ModuleType, rows: Rows, metric: list[Tensor] | None = None) -> np.ndarray:
-    gram = kernels.gram(len(rows), parameters(rows, metric), metric is not None)
+    beside = kernels.Beside.metric if metric else kernels.Beside.nothing
+    gram = kernels.gram(len(rows), parameters(rows, metric), beside, [])
     return np.array(gram).reshape(len(rows), len(rows))
 
 
@@ -93,28 +95,40 @@ def worst_error(gram: np.ndarray, expected: np.ndarray) -> float:
 # ---- planning -------------------------------------------------------------------------------------------------------
 
 
-def plan(kernels, num_tasks, sizes, dtype=torch.float32, metric=False):
-    described = [([16] * num_tasks, size, CODES[dtype], 16 * metric) for size in sizes]
-    return kernels.plan(num_tasks, described, metric)
+def plan(kernels, num_tasks, sizes, dtype=torch.float32, beside="nothing"):
+    rows = num_tasks + (beside != "nothing")
+    described = [([16] * rows, size, CODES[dtype], CODES[dtype]) for size in sizes]
+    return kernels.plan(num_tasks, described, getattr(kernels.Beside, beside))
 
 
 @pytest.mark.parametrize(
     ("num_tasks", "dtype", "dense", "metric", "kernel"),
     [
-        (1, torch.float32, True, False, "registers"),
-        (8, torch.float64, True, False, "registers"),
-        (8, torch.bfloat16, True, False, "registers"),
-        (9, torch.float32, True, False, "fragments"),
-        (9, torch.float64, True, False, "general"),
-        (256, torch.float16, True, False, "fragments"),
-        (3000, torch.float32, True, False, "fragments"),
-        (3001, torch.float32, True, False, "general"),
-        (4, torch.float32, False, False, "general"),
-        (4, torch.float32, True, True, "general"),
+        (1, torch.float32, True, None, "registers"),
+        (8, torch.float64, True, None, "registers"),
+        (8, torch.bfloat16, True, None, "registers"),
+        (9, torch.float32, True, None, "fragments"),
+        (9, torch.float64, True, None, "general"),
+        (256, torch.float16, True, None, "fragments"),
+        (2999, torch.float32, True, None, "fragments"),
+        (3000, torch.float32, True, None, "general"),
+        (4, torch.float32, False, None, "general"),
+        (8, torch.float32, True, torch.float32, "registers"),
+        (8, torch.bfloat16, True, torch.bfloat16, "registers"),
+        (8, torch.bfloat16, True, torch.float32, "general"),
+        (9, torch.float32, True, torch.float32, "general"),
+        (4, torch.float32, False, torch.float32, "general"),
     ],
 )
 def test_choice_of_kernel(kernels, num_tasks, dtype, dense, metric, kernel):
-    assert kernels.choose_kernel(CODES[dtype], num_tasks, dense, metric) == kernel
+    beside = kernels.Beside.metric if metric else kernels.Beside.nothing
+    assert kernels.choose_kernel(CODES[dtype], num_tasks, dense, beside, CODES[metric or dtype]) == kernel
+
+
+@pytest.mark.parametrize("beside", ["metric", "combination"])
+def test_what_is_beside_the_gradients_does_not_change_the_launches(kernels, beside):
+    for sizes in ([1000] * 39, [1000] * 40, [1000] * 900):
+        assert plan(kernels, 8, sizes, beside=beside) == plan(kernels, 8, sizes)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +144,7 @@ def test_blocks_cover_all_pairs_of_tasks(kernels, num_tasks, kernel, blocks, thr
 def test_a_long_list_goes_into_few_launches(kernels):
     resnet = [1000] * 62
     assert [launch[:3] for launch in plan(kernels, 8, resnet)[0]] == [("registers", "large", 62)]
-    assert [launch[2] for launch in plan(kernels, 8, [1000] * 900)[0]] == [375, 375, 150]
+    assert [launch[2] for launch in plan(kernels, 8, [1000] * 900)[0]] == [333, 333, 234]
     assert [launch[2] for launch in plan(kernels, 256, [1000] * 30)[0]] == [11, 11, 8]
 
 
@@ -171,6 +185,27 @@ def test_chunks_segments_and_what_does_not_fit_them(kernels, num_tasks, dtype):
     gram = run(kernels, rows)
     np.testing.assert_array_equal(gram, gram.T)
     assert worst_error(gram, oracle(rows)) < (1e-14 if dtype == torch.float64 else 1e-7)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("num_tasks", [2, 5, 8])
+def test_a_metric_beside_the_gradients(kernels, num_tasks, dtype):
+    """Rows as above; entries whose products leave float32, and a metric that spans its range and has zeros."""
+    rows = make(num_tasks, [2048 + 64, 259, 5, 301], [dtype] * 4)
+    metric = make(1, [2048 + 64, 259, 5, 302], [dtype] * 4, seed=9)[0]
+    metric = [m.abs() for m in metric[:3]] + [metric[3].abs()[1:]]
+    if dtype != torch.float16:
+        rows[0][0] *= 1e-20
+        metric[0] *= 10 ** torch.linspace(-15, 15, metric[0].numel()).to(dtype)
+    metric[0][7::5] = 0
+    rows[0][1] = rows[-1][2] = None
+    gram = run(kernels, rows, metric)
+    np.testing.assert_array_equal(gram, gram.T)
+    assert worst_error(gram, oracle(rows, metric)) < 1e-14
+    backwards = run(kernels, rows[::-1], metric)
+    np.testing.assert_array_equal(backwards, gram[::-1, ::-1])
+    metric[2][3] = -1
+    assert np.isnan(run(kernels, rows, metric)[:-1, :-1]).all()
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -249,7 +284,7 @@ def test_permuting_tasks_permutes_the_result_exactly(kernels, num_tasks, sizes, 
 def combine(kernels: ModuleType, rows: Rows, weights: Tensor) -> tuple[list[Tensor], int]:
     """The weighted sums and the number of kernel launches that they took."""
     combined = [torch.full_like(g, torch.nan) for g in rows[0] if g is not None]
-    return combined, kernels.combine(len(rows), parameters([*rows, combined], None), weights.tolist())
+    return combined, kernels.combine(len(rows), parameters(rows, combined), weights.tolist())
 
 
 def assert_combined(combined: list[Tensor], rows: Rows, weights: Tensor) -> None:
@@ -280,6 +315,24 @@ def test_combinations_of_more_than_one_launch_holds(kernels, num_tasks, num_para
     combined, taken = combine(kernels, rows, weights)
     assert taken == launches
     assert_combined(combined, rows, weights)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("num_tasks", [1, 4, 5, 8])
+def test_one_pass_gives_the_bits_of_two(kernels, num_tasks, dtype):
+    rows = make(num_tasks, [2 * 2048 + 64, 259, 5, 301], [dtype] * 4)
+    for row in rows:
+        row[3] = row[3][1:]
+    if dtype != torch.float16:
+        rows[0][0] *= 1e-25  # whose products leave float32
+    if num_tasks > 1:
+        rows[-1][1] = rows[1][0] = None
+    weights = torch.randn(num_tasks, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    alone, _ = combine(kernels, rows, weights)
+    fused = [torch.full_like(a, torch.nan) for a in alone]
+    gram = kernels.gram(num_tasks, parameters(rows, fused), kernels.Beside.combination, weights.tolist())
+    np.testing.assert_array_equal(np.array(gram).reshape(num_tasks, num_tasks), run(kernels, rows))
+    assert all(torch.equal(a, b) for a, b in zip(fused, alone, strict=True))
 
 
 def test_a_weight_of_zero_keeps_nothing_out(kernels):

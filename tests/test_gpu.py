@@ -1,4 +1,7 @@
-"""The CUDA kernels on a GPU, against the reference on the CPU: ``make gpu`` runs this file where there is one."""
+"""The kernels on a GPU, against the reference on the CPU: ``make gpu`` runs this file where there is one.
+
+It tests the CUDA kernels, or those of another backend that ``GRADSTATS_BACKEND`` names.
+"""
 
 import os
 
@@ -15,14 +18,16 @@ pytestmark = [
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TASKS = (2, 7, 13, 30, 70)  # for each kernel
+BACKEND = os.environ.get("GRADSTATS_BACKEND") or "cuda"
+TOLERANCE = 1e-7 if BACKEND == "cuda" else 3e-7
 
 
 @pytest.fixture(autouse=True)
 def compiled():
     """A GPU and a CUDA torch do not make a CUDA toolkit: only `make gpu` and CI insist on the kernels."""
-    backend = gradstats.backends()["cuda"]
+    backend = gradstats.backends()[BACKEND]
     if not backend.available and os.environ.get("GRADSTATS_REQUIRE_COMPILED") != "1":
-        pytest.skip(f"no CUDA kernels: {backend.detail}")
+        pytest.skip(f"no {BACKEND} kernels: {backend.detail}")
     assert backend.available, backend
 
 
@@ -43,17 +48,19 @@ def problem(num_tasks: int, dtype: torch.dtype, *, stacked: bool, missing: bool,
 
 def assert_same(gram: torch.Tensor, expected: torch.Tensor) -> None:
     norms = expected.diagonal().sqrt()
-    assert ((gram.cpu() - expected).abs() <= 1e-7 * norms[:, None] * norms[None, :]).all()
+    assert ((gram.cpu() - expected).abs() <= TOLERANCE * norms[:, None] * norms[None, :]).all()
     assert torch.equal(gram, gram.T)
 
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 6, 8, 9, 16, 32, 33, 70, 130])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", ["stacked", "listed", "missing"])
-@pytest.mark.parametrize("with_metric", [False, True])
-def test_agrees_with_the_reference(num_tasks, dtype, form, with_metric):
+@pytest.mark.parametrize("weighed", ["", "metric in float32", "metric in the same dtype"])
+def test_agrees_with_the_reference(num_tasks, dtype, form, weighed):
     grads, metric = problem(num_tasks, dtype, stacked=form == "stacked", missing=form == "missing")
-    operands = (num_tasks, metric if with_metric else [], form == "stacked")
+    if "same" in weighed:
+        metric = [m.to(dtype) for m in metric]
+    operands = (num_tasks, metric if weighed else [], form == "stacked")
     expected = reference.gram(grads, *operands)
     on_gpu = [m.cuda() for m in operands[1]]
     gram = ops.gram([g.cuda() for g in grads], num_tasks, on_gpu, operands[2])
@@ -74,9 +81,10 @@ def test_combinations_agree_with_the_reference(num_tasks, dtype, form):
         assert actual.stride() == expected.stride()
         summing = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
         torch.testing.assert_close(actual.cpu(), expected, rtol=torch.finfo(dtype).eps, atol=50 * summing)
-    gram, fused = ops.gram_combine(on_gpu, num_tasks, weights.cuda(), [m.cuda() for m in metric], stacked)
-    assert torch.equal(gram, ops.gram(on_gpu, num_tasks, [m.cuda() for m in metric], stacked))
-    assert all(torch.equal(a, b) for a, b in zip(fused, combined, strict=True))
+    for beside in ([], [m.cuda() for m in metric]):
+        gram, fused = ops.gram_combine(on_gpu, num_tasks, weights.cuda(), beside, stacked)
+        assert torch.equal(gram, ops.gram(on_gpu, num_tasks, beside, stacked))
+        assert all(torch.equal(a, b) for a, b in zip(fused, combined, strict=True))
 
 
 @pytest.mark.parametrize("num_tasks", TASKS)
@@ -87,8 +95,16 @@ def test_small_problems(num_tasks, dtype):
     generator = torch.Generator().manual_seed(0)
     blocks = [torch.randn((num_tasks, *shape), generator=generator).to(dtype) for shape in shapes]
     blocks[1] = blocks[1][:, 1:]  # off 16-byte boundaries
-    gram = gradstats.pairwise([b.cuda() for b in blocks], stacked=True).gram
-    assert_same(gram, reference.gram(blocks, num_tasks, [], True))
+    on_gpu = [b.cuda() for b in blocks]
+    assert_same(ops.gram(on_gpu, num_tasks, stacked=True), reference.gram(blocks, num_tasks, [], True))
+    metric = [torch.rand(shape, generator=generator).to(dtype) for shape in shapes[:1]]
+    gram = ops.gram(on_gpu[:1], num_tasks, [m.cuda() for m in metric], stacked=True)
+    assert_same(gram, reference.gram(blocks[:1], num_tasks, metric, True))
+    weights = torch.rand(num_tasks, dtype=torch.float64, device="cuda")
+    gram, fused = ops.gram_combine(on_gpu, num_tasks, weights, stacked=True)
+    assert torch.equal(gram, ops.gram(on_gpu, num_tasks, stacked=True))
+    alone = ops.combine(on_gpu, num_tasks, weights, stacked=True)
+    assert all(torch.equal(a, b) for a, b in zip(fused, alone, strict=True))
 
 
 @pytest.mark.parametrize("num_tasks", TASKS)
@@ -103,10 +119,13 @@ def test_permuting_tasks_permutes_the_result_exactly(num_tasks, dtype):
 
 
 @pytest.mark.parametrize("num_tasks", TASKS)
-def test_a_thousand_runs_give_the_same_bits(num_tasks):
-    blocks = [torch.randn(num_tasks, size, device="cuda") for size in (200_003, 77, 1 << 16)]
-    gram = ops.gram(blocks, num_tasks, stacked=True)
-    runs = torch.stack([ops.gram(blocks, num_tasks, stacked=True) for _ in range(1000)])
+@pytest.mark.parametrize("with_metric", [False, True])
+def test_a_thousand_runs_give_the_same_bits(num_tasks, with_metric):
+    sizes = (200_003, 77, 1 << 16)
+    blocks = [torch.randn(num_tasks, size, device="cuda") for size in sizes]
+    metric = [torch.rand(size, device="cuda") for size in sizes] if with_metric else []
+    gram = ops.gram(blocks, num_tasks, metric, stacked=True)
+    runs = torch.stack([ops.gram(blocks, num_tasks, metric, stacked=True) for _ in range(1000)])
     assert torch.equal(runs, gram.expand_as(runs))
 
 
@@ -145,7 +164,7 @@ def test_entries_whose_products_leave_float32(num_tasks, dtype):
         reference.gram([block], num_tasks, [], True),
     )
     norms = expected.diagonal().sqrt()
-    assert ((gram - expected).abs() <= 1e-7 * norms[:, None] * norms[None, :]).all()
+    assert ((gram - expected).abs() <= TOLERANCE * norms[:, None] * norms[None, :]).all()
 
 
 @pytest.mark.parametrize("num_tasks", [8, 16])
@@ -186,15 +205,17 @@ def test_runs_on_the_callers_stream_without_synchronising():
 @pytest.mark.parametrize("num_tasks", TASKS)
 def test_is_captured_by_a_cuda_graph(num_tasks):
     block = torch.randn(num_tasks, 100_003, device="cuda")
-    ops.gram([block], num_tasks, stacked=True)
+    weights = torch.rand(num_tasks, dtype=torch.float64, device="cuda")
+    ops.gram_combine([block], num_tasks, weights, stacked=True)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        gram = ops.gram([block], num_tasks, stacked=True)
+        gram, (combined,) = ops.gram_combine([block], num_tasks, weights, stacked=True)
     block.copy_(torch.randn_like(block))
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(gram, ops.gram([block], num_tasks, stacked=True))
+    assert torch.equal(combined, ops.combine([block], num_tasks, weights, stacked=True)[0])
 
 
 def test_collects_during_backward():

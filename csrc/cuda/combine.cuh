@@ -1,7 +1,6 @@
 // The weighted sums on the GPU: each thread reads a vector of every row and writes one of sums.
 //
-// Sums are formed in float32 (float64 for float64) in the order of the tasks, and rounded once. In the tables of these
-// launches the last row of a segment is the one that is written.
+// Sums are formed in float32 (float64 for float64) in the order of the tasks, and rounded once.
 #pragma once
 
 #include "vectors.cuh"
@@ -14,31 +13,18 @@ constexpr int kAtOnce = 4;  // rows whose vectors are on their way together
 template <class In>
 constexpr int kCombineChunk = kCombineThreads * kWidth<In>;
 
-// Written as one vector.
-template <class In>
-struct alignas(16) Entries {
-  In entries[kWidth<In>];
-};
-
 template <class In, class Table>
-__device__ In* output_of(const Table& table, int segment) {
-  return const_cast<In*>(row_of<In>(table, segment, table.num_tasks - 1));
-}
-
-template <class In, class Table>
-__device__ void combine_vector(const Table& table, const double* weights, int segment, int64_t at) {
-  const int num_tasks = table.num_tasks - 1;
+__device__ void combine_vector(const Table& table, int segment, int64_t at) {
   Sum<In> sums[kWidth<In>] = {};
-  for (int first = 0; first < num_tasks; first += kAtOnce) {
+  for (int first = 0; first < table.num_tasks; first += kAtOnce) {
     Words rows[kAtOnce];
 #pragma unroll
     for (int r = 0; r < kAtOnce; ++r) {
-      const In* const row = first + r < num_tasks ? row_of<In>(table, segment, first + r) : nullptr;
-      rows[r] = load_vector(row, at, table.numel[segment]);
+      rows[r] = load_vector(row_of<In>(table, segment, first + r), at, table.numel[segment]);
     }
 #pragma unroll
     for (int r = 0; r < kAtOnce; ++r) {
-      const auto weight = static_cast<Sum<In>>(first + r < num_tasks ? weights[first + r] : 0.0);
+      const auto weight = static_cast<Sum<In>>(first + r < table.num_tasks ? table.weights[first + r] : 0.0);
 #pragma unroll
       for (int e = 0; e < kWidth<In>; ++e) sums[e] = fma(weight, entry_of<In>(rows[r], e), sums[e]);
     }
@@ -46,33 +32,32 @@ __device__ void combine_vector(const Table& table, const double* weights, int se
   Entries<In> rounded;
 #pragma unroll
   for (int e = 0; e < kWidth<In>; ++e) round_to(rounded.entries + e, sums[e]);
-  *reinterpret_cast<Entries<In>*>(output_of<In>(table, segment) + at) = rounded;
+  *reinterpret_cast<Entries<In>*>(row_beside<In>(table, segment) + at) = rounded;
 }
 
 template <class In, class Table>
-__device__ void combine_entry(const Table& table, const double* weights, int segment, int64_t at) {
+__device__ void combine_entry(const Table& table, int segment, int64_t at) {
   Sum<In> sum = 0;
-  for (int t = 0; t < table.num_tasks - 1; ++t) {
+  for (int t = 0; t < table.num_tasks; ++t) {
     const In* const row = row_of<In>(table, segment, t);
     const auto entry = static_cast<Sum<In>>(row != nullptr ? to_double(row[at]) : 0.0);
-    sum = fma(static_cast<Sum<In>>(weights[t]), entry, sum);
+    sum = fma(static_cast<Sum<In>>(table.weights[t]), entry, sum);
   }
-  round_to(output_of<In>(table, segment) + at, sum);
+  round_to(row_beside<In>(table, segment) + at, sum);
 }
 
 // Block x writes the weighted sums over the chunks of slot x.
 template <class In, class Table>
-__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_constant__ Table table,
-                                                                  const double* weights) {
+__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_constant__ Table table) {
   for (Chunk chunk = first_chunk_of(table, blockIdx.x); chunk.index < chunk.end; advance(table, chunk)) {
     const int64_t numel = table.numel[chunk.segment], begin = chunk.position * kCombineChunk<In>;
     const int64_t end = begin + kCombineChunk<In> < numel ? begin + kCombineChunk<In> : numel;
     if (is_whole<In>(table, chunk.segment, begin + kCombineChunk<In>)) {
       const int64_t at = begin + threadIdx.x * kWidth<In>;
-      if (at < end) combine_vector<In>(table, weights, chunk.segment, at);
+      if (at < end) combine_vector<In>(table, chunk.segment, at);
     } else {
       for (int64_t at = begin + threadIdx.x; at < end; at += kCombineThreads)
-        combine_entry<In>(table, weights, chunk.segment, at);
+        combine_entry<In>(table, chunk.segment, at);
     }
   }
 }

@@ -1,4 +1,4 @@
-// gradstats::gram and combine for CUDA tensors: on the current stream, without host synchronisation.
+// gradstats::gram, combine and gram_combine for CUDA tensors: on the current stream, without host synchronisation.
 #include <Python.h>
 
 #include <cuda_runtime.h>
@@ -50,15 +50,32 @@ void launch_fast(const FastLaunch& launch, double* sums, cudaStream_t stream) {
       launch.table);
 }
 
-Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> metric, bool stacked) {
-  const std::vector<Walk> walks = read_arguments(grads, num_tasks, metric, stacked);
+void launch_combine(const CombineLaunch& launch, cudaStream_t stream) {
+  with_dtype(launch.dtype, [&](auto in) {
+    std::visit(
+        [&](const auto& table) {
+          combine_kernel<decltype(in)><<<table.num_slots, kCombineThreads, 0, stream>>>(table);
+          STD_CUDA_KERNEL_LAUNCH_CHECK();
+        },
+        launch.table);
+  });
+}
+
+// The Gramian. With rows to combine the gradients to, of at most kRegisterTasks tasks, and without a metric, these are
+// written, too.
+Tensor run_gram(const std::vector<Tensor>& grads, int64_t num_tasks, const std::vector<Tensor>& metric, bool stacked,
+                const std::vector<Tensor>& combined = {}, const double* weights = nullptr) {
+  const std::vector<Walk> walks = read_arguments(grads, num_tasks, metric, stacked, combined);
+  const Beside beside = !metric.empty()     ? Beside::metric
+                        : !combined.empty() ? Beside::combination
+                                            : Beside::nothing;
   const int32_t device = grads[0].get_device_index();
   check_devices(grads, device);
   check_devices(metric, device);
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
 
-  const Plan plan = make_plan(walks, num_tasks, !metric.empty());
+  const Plan plan = make_plan(walks, num_tasks, beside, weights);
   Tensor partial = torch::stable::new_empty(grads[0], {num_pairs(num_tasks), plan.num_slots}, ScalarType::Double);
   Tensor result = torch::stable::new_empty(grads[0], {num_tasks, num_tasks}, ScalarType::Double);
   auto* const sums = partial.mutable_data_ptr<double>();
@@ -76,12 +93,15 @@ Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> me
     }
     // One copied parameter at a time: the allocator may reuse its memory behind the launch, on the same stream.
     const auto rows = contiguous_parameter(grads, num_tasks, stacked, walk->parameter);
-    std::vector<Tensor> scale;
+    std::vector<Tensor> scale, sum;
     if (!metric.empty()) scale.push_back(torch::stable::contiguous(metric[walk->parameter]));
-    const std::vector<Walk> copied = read_arguments(rows, num_tasks, scale, stacked);
+    if (!combined.empty()) sum.push_back(combined[walk->parameter]);  // row-major, where there is something to copy
+    const std::vector<Walk> copied = read_arguments(rows, num_tasks, scale, stacked, sum);
     general.flush();
     general.append(copied[0]);
     general.flush();
+    if (!combined.empty())
+      for (const CombineLaunch& launch : plan_combine({&copied[0]}, num_tasks, weights)) launch_combine(launch, stream);
   }
   general.flush();
   reduce_kernel<<<dim3(num_tasks, num_tasks), kReduceThreads, 0, stream>>>(sums, plan.num_slots, num_tasks,
@@ -90,15 +110,8 @@ Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> me
   return result;
 }
 
-void launch_combine(const CombineLaunch& launch, const double* weights, cudaStream_t stream) {
-  with_dtype(launch.dtype, [&](auto in) {
-    std::visit(
-        [&](const auto& table) {
-          combine_kernel<decltype(in)><<<table.num_slots, kCombineThreads, 0, stream>>>(table, weights);
-          STD_CUDA_KERNEL_LAUNCH_CHECK();
-        },
-        launch.table);
-  });
+Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> metric, bool stacked) {
+  return run_gram(grads, num_tasks, metric, stacked);
 }
 
 std::vector<Tensor> combine(std::vector<Tensor> grads, int64_t num_tasks, Tensor weights, bool stacked) {
@@ -113,8 +126,8 @@ std::vector<Tensor> combine(std::vector<Tensor> grads, int64_t num_tasks, Tensor
   const cudaStream_t stream = current_stream(device);
 
   const auto launch = [&](const std::vector<const Walk*>& dense) {
-    for (const CombineLaunch& part : plan_combine(dense, num_tasks))
-      launch_combine(part, weights.const_data_ptr<double>(), stream);
+    for (const CombineLaunch& part : plan_combine(dense, num_tasks, weights.const_data_ptr<double>()))
+      launch_combine(part, stream);
   };
   std::vector<const Walk*> dense;
   for (const Walk& walk : walks) {
@@ -131,12 +144,24 @@ std::vector<Tensor> combine(std::vector<Tensor> grads, int64_t num_tasks, Tensor
   return combined;
 }
 
+std::tuple<Tensor, std::vector<Tensor>> gram_combine(std::vector<Tensor> grads, int64_t num_tasks, Tensor weights,
+                                                     std::vector<Tensor> metric, bool stacked) {
+  if (num_tasks > kRegisterTasks || !metric.empty())
+    return {gram(grads, num_tasks, metric, stacked), combine(grads, num_tasks, weights, stacked)};
+  weights = read_weights(weights, num_tasks);
+  std::vector<Tensor> combined = empty_combinations(grads, num_tasks, stacked);
+  check_devices({weights}, grads[0].get_device_index());
+  Tensor gramian = run_gram(grads, num_tasks, {}, stacked, combined, weights.const_data_ptr<double>());
+  return {gramian, combined};
+}
+
 }  // namespace
 }  // namespace gradstats::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(gradstats, CUDA, library) {
   library.impl("gram", TORCH_BOX(&gradstats::cuda::gram));
   library.impl("combine", TORCH_BOX(&gradstats::cuda::combine));
+  library.impl("gram_combine", TORCH_BOX(&gradstats::cuda::gram_combine));
 }
 
 // Importing the module is what loads the library; it has no Python functions of its own.

@@ -3,7 +3,9 @@
 //
 // Sums of float32 products take kChain terms at most before they go to float64: that bounds their error at 2e-7 of the
 // norms even on constants. Every pair sees the same operations in the same order, so permuting tasks permutes the
-// result exactly.
+// result exactly. With a metric, products are formed in float64.
+//
+// The row beside those of the tasks is read, or written, in the same pass.
 #pragma once
 
 #include "vectors.cuh"
@@ -14,8 +16,8 @@ constexpr int kRegisterThreads = 128;
 constexpr int kChain = 16;
 
 // Blocks on a multiprocessor, which is to say registers: enough loads in flight, nothing in local memory.
-template <int T>
-constexpr int kRegisterBlocks = T == 2 ? 12 : T == 4 ? 5 : T == 6 ? 4 : 3;
+template <int T, bool kAlone>
+constexpr int kRegisterBlocks = T == 8 ? 3 : T == 6 ? 4 : T == 4 ? (kAlone ? 5 : 4) : (kAlone ? 12 : 6);
 
 template <class In>
 constexpr int kVectors = kChain / kWidth<In>;  // of each row that a thread reads for a chunk
@@ -54,11 +56,32 @@ __device__ bool out_of_range(const float (&pairs)[kPairs<T>], const uint32_t (&b
   return out;
 }
 
+// The root of the metric on each side weighs a product alike for both of its tasks.
+template <int T>
+__device__ void weigh(double (&x)[T], double metric) {
+  const double root = sqrt(metric);
+#pragma unroll
+  for (int t = 0; t < T; ++t) x[t] *= root;
+}
+
+// The weighted sum of the entries, in the order of the tasks: as combine_kernel does it.
+template <class In, int T, class Entry>
+__device__ In weighted_sum(const Sum<In> (&weights)[T], const Entry (&x)[T]) {
+  Sum<In> sum = 0;
+#pragma unroll
+  for (int t = 0; t < T; ++t) sum = fma(weights[t], static_cast<Sum<In>>(x[t]), sum);
+  In rounded;
+  round_to(&rounded, sum);
+  return rounded;
+}
+
 // Adds what this thread reads of the chunk that begins at entry `begin`, all of it in whole vectors. Returns false, and
 // adds nothing, where it takes float64.
-template <class In, int T, class Table>
-__device__ bool add_vectors(double (&sums)[kPairs<T>], const Table& table, int segment, int64_t begin) {
-  constexpr bool kIsDouble = std::is_same_v<In, double>;
+template <class In, int T, Beside kBeside, class Table>
+__device__ bool add_vectors(double (&sums)[kPairs<T>], const Sum<In> (&weights)[T], const Table& table, int segment,
+                            int64_t begin) {
+  constexpr bool kWide = std::is_same_v<In, double> || kBeside == Beside::metric;
+  constexpr bool kCheckRange = kWideRange<In> && !kWide;
   const int64_t numel = table.numel[segment];
   float chain[kPairs<T>] = {};
   uint32_t bits[T] = {};  // of each row's entries, all together
@@ -69,30 +92,38 @@ __device__ bool add_vectors(double (&sums)[kPairs<T>], const Table& table, int s
 #pragma unroll
     for (int t = 0; t < T; ++t) {
       rows[t] = load_vector(row_of<In>(table, segment, t), at, numel);
-      if constexpr (kWideRange<In>) bits[t] |= rows[t].w[0] | rows[t].w[1] | rows[t].w[2] | rows[t].w[3];
+      if constexpr (kCheckRange) bits[t] |= rows[t].w[0] | rows[t].w[1] | rows[t].w[2] | rows[t].w[3];
     }
+    Words metric;
+    if constexpr (kBeside == Beside::metric) metric = load_vector(row_beside<In>(table, segment), at, numel);
+    Entries<In> combined;
 #pragma unroll
     for (int e = 0; e < kWidth<In>; ++e) {
-      std::conditional_t<kIsDouble, double, float> x[T];
+      std::conditional_t<kWide, double, float> x[T];
 #pragma unroll
       for (int t = 0; t < T; ++t) x[t] = entry_of<In>(rows[t], e);
-      if constexpr (kIsDouble)
+      if constexpr (kBeside == Beside::metric) weigh<T>(x, entry_of<In>(metric, e));
+      if constexpr (kBeside == Beside::combination) combined.entries[e] = weighted_sum<In>(weights, x);
+      if constexpr (kWide)
         add_products<T>(sums, x);
       else
         add_products<T>(chain, x);
     }
+    if constexpr (kBeside == Beside::combination)
+      if (at < numel) *reinterpret_cast<Entries<In>*>(row_beside<In>(table, segment) + at) = combined;
   }
-  if constexpr (kWideRange<In>)
+  if constexpr (kCheckRange)
     if (out_of_range<In, T>(chain, bits)) return false;
-  if constexpr (!kIsDouble)
+  if constexpr (!kWide)
 #pragma unroll
     for (int p = 0; p < kPairs<T>; ++p) sums[p] += chain[p];
   return true;
 }
 
 // The same in float64, entry by entry.
-template <class In, int T, class Table>
-__device__ void add_entries(double (&sums)[kPairs<T>], const Table& table, int segment, int64_t begin) {
+template <class In, int T, Beside kBeside, class Table>
+__device__ void add_entries(double (&sums)[kPairs<T>], const Sum<In> (&weights)[T], const Table& table, int segment,
+                            int64_t begin) {
   const int64_t numel = table.numel[segment];
 #pragma unroll 1
   for (int v = 0; v < kVectors<In> * kWidth<In>; ++v) {
@@ -103,20 +134,28 @@ __device__ void add_entries(double (&sums)[kPairs<T>], const Table& table, int s
       const In* row = row_of<In>(table, segment, t);
       x[t] = row != nullptr && at < numel ? to_double(row[at]) : 0.0;
     }
+    if (at < numel) {
+      if constexpr (kBeside == Beside::metric) weigh<T>(x, to_double(row_beside<In>(table, segment)[at]));
+      if constexpr (kBeside == Beside::combination) row_beside<In>(table, segment)[at] = weighted_sum<In>(weights, x);
+    }
     add_products<T>(sums, x);
   }
 }
 
 // Block y writes the sums of slot y over the pairs of at most T tasks.
-template <class In, int T, class Table>
-__global__ void __launch_bounds__(kRegisterThreads, kRegisterBlocks<T>)
+template <class In, int T, Beside kBeside, class Table>
+__global__ void __launch_bounds__(kRegisterThreads, kRegisterBlocks<T, kBeside == Beside::nothing>)
     register_kernel(const __grid_constant__ Table table, double* partial) {
   double sums[kPairs<T>] = {};
+  Sum<In> weights[T] = {};
+  if constexpr (kBeside == Beside::combination)
+#pragma unroll
+    for (int t = 0; t < T; ++t) weights[t] = static_cast<Sum<In>>(t < table.num_tasks ? table.weights[t] : 0.0);
   for (Chunk chunk = first_chunk_of(table, blockIdx.y); chunk.index < chunk.end; advance(table, chunk)) {
     const int64_t begin = chunk.position * kRegisterChunk<In>;
     const bool whole = is_whole<In>(table, chunk.segment, begin + kRegisterChunk<In>);
-    if (!whole || !add_vectors<In, T>(sums, table, chunk.segment, begin))
-      add_entries<In, T>(sums, table, chunk.segment, begin);
+    if (!whole || !add_vectors<In, T, kBeside>(sums, weights, table, chunk.segment, begin))
+      add_entries<In, T, kBeside>(sums, weights, table, chunk.segment, begin);
   }
 
   __shared__ double warps[kRegisterThreads / 32][kPairs<T>];

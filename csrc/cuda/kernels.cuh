@@ -9,14 +9,23 @@ namespace gradstats::cuda {
 template <class Table>
 using FastKernel = void (*)(Table, double*);
 
+template <class In, Beside kBeside, class Table>
+FastKernel<Table> register_kernel_for(int num_tasks) {
+  switch ((num_tasks + 1) / 2) {
+    case 1: return register_kernel<In, 2, kBeside, Table>;
+    case 2: return register_kernel<In, 4, kBeside, Table>;
+    case 3: return register_kernel<In, 6, kBeside, Table>;
+    default: return register_kernel<In, 8, kBeside, Table>;
+  }
+}
+
 template <class In, class Table>
-FastKernel<Table> fast_kernel(Kernel kernel, int num_tasks) {
+FastKernel<Table> fast_kernel(Kernel kernel, Beside beside, int num_tasks) {
   if (kernel == Kernel::registers)
-    switch ((num_tasks + 1) / 2) {
-      case 1: return register_kernel<In, 2, Table>;
-      case 2: return register_kernel<In, 4, Table>;
-      case 3: return register_kernel<In, 6, Table>;
-      default: return register_kernel<In, 8, Table>;
+    switch (beside) {
+      case Beside::nothing: return register_kernel_for<In, Beside::nothing, Table>(num_tasks);
+      case Beside::metric: return register_kernel_for<In, Beside::metric, Table>(num_tasks);
+      case Beside::combination: return register_kernel_for<In, Beside::combination, Table>(num_tasks);
     }
   if constexpr (!std::is_same_v<In, double>) {
     if (num_tasks <= 16) return fragment_kernel<In, 2, Table>;
@@ -29,7 +38,7 @@ FastKernel<Table> fast_kernel(Kernel kernel, int num_tasks) {
 template <class Table>
 FastKernel<Table> fast_kernel(const FastLaunch& launch, const Table& table) {
   return with_dtype(launch.dtype, [&](auto in) {
-    return fast_kernel<decltype(in), Table>(launch.kernel, table.num_tasks);
+    return fast_kernel<decltype(in), Table>(launch.kernel, launch.beside, table.num_tasks);
   });
 }
 

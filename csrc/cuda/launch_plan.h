@@ -27,14 +27,16 @@ inline bool is_dense(const Walk& walk) {
   return true;
 }
 
-inline bool is_aligned(const void* const* rows, int64_t num_rows) {
-  return std::all_of(rows, rows + num_rows, [](const void* row) { return reinterpret_cast<uintptr_t>(row) % 16 == 0; });
+inline bool is_aligned(const std::vector<const void*>& rows) {
+  return std::all_of(rows.begin(), rows.end(), [](auto* row) { return reinterpret_cast<uintptr_t>(row) % 16 == 0; });
 }
 
-inline Kernel choose_kernel(DType dtype, int64_t num_tasks, bool dense, bool has_metric) {
-  if (!dense || has_metric || num_tasks > LargeTable::kMaxRows) return Kernel::general;
+// `metric_dtype` counts where there is a metric.
+inline Kernel choose_kernel(DType dtype, int64_t num_tasks, bool dense, Beside beside, DType metric_dtype) {
+  const bool metric = beside == Beside::metric;
+  if (!dense || num_tasks >= LargeTable::kMaxRows || (metric && metric_dtype != dtype)) return Kernel::general;
   if (num_tasks <= kRegisterTasks) return Kernel::registers;
-  return dtype == DType::float64 ? Kernel::general : Kernel::fragments;  // no tensor core product is float64 enough
+  return metric || dtype == DType::float64 ? Kernel::general : Kernel::fragments;  // no tensor core adds in float64
 }
 
 // Calls f with a value of the type that a dtype names.
@@ -84,6 +86,7 @@ inline int64_t num_slots(Kernel kernel, DType dtype, int64_t num_tasks, int64_t 
 struct FastLaunch {
   Kernel kernel;
   DType dtype;
+  Beside beside;
   std::variant<SmallTable, LargeTable> table;
 };
 
@@ -99,23 +102,31 @@ namespace detail {
 template <class Table>
 void append_segment(Table& table, const Walk& walk, int64_t chunk) {
   const int32_t s = table.num_segments++;
-  std::copy_n(walk.data.begin(), table.num_tasks, table.rows + s * table.num_tasks);
+  std::copy(walk.data.begin(), walk.data.end(), table.rows + s * (table.num_tasks + 1));
   table.numel[s] = walk.numel;
   table.first_chunk[s + 1] = table.first_chunk[s] + static_cast<int32_t>((walk.numel + chunk - 1) / chunk);
-  table.aligned[s] = is_aligned(walk.data.data(), table.num_tasks);
+  table.aligned[s] = is_aligned(walk.data);
+}
+
+// Segments that a table holds.
+template <class Table>
+size_t capacity(int64_t num_tasks) {
+  return std::min<size_t>(Table::kMaxSegments, Table::kMaxRows / (num_tasks + 1));
 }
 
 // The launches of one kernel for parameters of one dtype.
 template <class Table>
-void append_launches(Plan& plan, Kernel kernel, DType dtype, int64_t num_tasks, const std::vector<const Walk*>& walks) {
+void append_launches(Plan& plan, Kernel kernel, DType dtype, int64_t num_tasks, Beside beside, const double* weights,
+                     const std::vector<const Walk*>& walks) {
   const int64_t chunk = geometry(kernel, dtype, num_tasks).chunk;
-  const size_t capacity = std::min<size_t>(Table::kMaxSegments, Table::kMaxRows / num_tasks);
-  for (size_t first = 0; first < walks.size(); first += capacity) {
+  const size_t most = capacity<Table>(num_tasks);
+  for (size_t first = 0; first < walks.size(); first += most) {
     Table table{};
+    table.weights = weights;
     table.num_tasks = static_cast<int32_t>(num_tasks);
-    for (size_t k = first; k < std::min(walks.size(), first + capacity); ++k) append_segment(table, *walks[k], chunk);
+    for (size_t k = first; k < std::min(walks.size(), first + most); ++k) append_segment(table, *walks[k], chunk);
     table.add = !plan.fast.empty();
-    plan.fast.push_back({kernel, dtype, table});
+    plan.fast.push_back({kernel, dtype, beside, table});
   }
 }
 
@@ -127,22 +138,23 @@ inline int64_t count_entries(const std::vector<const Walk*>& walks) {
 
 }  // namespace detail
 
-inline Plan make_plan(const std::vector<Walk>& walks, int64_t num_tasks, bool has_metric) {
+// The rows of the walks are the tasks, and what is beside them. `weights` are those of a combination.
+inline Plan make_plan(const std::vector<Walk>& walks, int64_t num_tasks, Beside beside,
+                      const double* weights = nullptr) {
   Plan plan;
   for (DType dtype : {DType::float32, DType::float64, DType::float16, DType::bfloat16}) {
-    const Kernel kernel = choose_kernel(dtype, num_tasks, true, has_metric);
+    const Kernel kernel = choose_kernel(dtype, num_tasks, true, beside, dtype);
     std::vector<const Walk*> fast;
     for (const Walk& walk : walks)
       if (walk.dtype == dtype) {
-        const bool general = choose_kernel(dtype, num_tasks, is_dense(walk), has_metric) == Kernel::general;
-        (general ? plan.general : fast).push_back(&walk);
+        const Kernel chosen = choose_kernel(dtype, num_tasks, is_dense(walk), beside, walk.metric_dtype);
+        (chosen == Kernel::general ? plan.general : fast).push_back(&walk);
       }
     if (fast.empty()) continue;
     plan.num_slots = std::max(plan.num_slots, num_slots(kernel, dtype, num_tasks, detail::count_entries(fast)));
-    const bool small = fast.size() <= SmallTable::kMaxSegments &&
-                       static_cast<int64_t>(fast.size()) * num_tasks <= SmallTable::kMaxRows;
+    const bool small = fast.size() <= detail::capacity<SmallTable>(num_tasks);
     (small ? detail::append_launches<SmallTable> : detail::append_launches<LargeTable>)(plan, kernel, dtype, num_tasks,
-                                                                                        fast);
+                                                                                        beside, weights, fast);
   }
   if (!plan.general.empty())
     plan.num_slots = std::max(plan.num_slots, num_slots(Kernel::general, DType::float64, num_tasks,

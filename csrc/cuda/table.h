@@ -15,10 +15,11 @@ template <int kRows, int kSegments>
 struct Table {
   static constexpr int kMaxRows = kRows, kMaxSegments = kSegments;
 
-  const void* rows[kRows];             // task t of segment s: s * num_tasks + t; null: no gradient, so zeros
+  const void* rows[kRows];             // by segment: the tasks', null for zeros, and room for one beside them
   int64_t numel[kSegments];
   int32_t first_chunk[kSegments + 1];  // of each segment, and their number
   bool aligned[kSegments];             // whether all rows start at 16-byte boundaries
+  const double* weights;               // of the tasks, where their gradients are combined
   int32_t num_tasks;
   int32_t num_segments;
   int32_t num_slots;                   // the same for all launches
@@ -81,7 +82,15 @@ GRADSTATS_HOST_DEVICE bool advance(const Table& table, Chunk& chunk) {
 // The row of a task in a segment; null, zeros, for tasks that there are not.
 template <class In, class Table>
 GRADSTATS_HOST_DEVICE const In* row_of(const Table& table, int segment, int task) {
-  return task < table.num_tasks ? static_cast<const In*>(table.rows[segment * table.num_tasks + task]) : nullptr;
+  return task < table.num_tasks ? static_cast<const In*>(table.rows[segment * (table.num_tasks + 1) + task]) : nullptr;
+}
+
+// What the row beside those of the tasks is: what products of entries are weighed by, or what gradients are combined to.
+enum class Beside : uint8_t { nothing, metric, combination };
+
+template <class In, class Table>
+GRADSTATS_HOST_DEVICE In* row_beside(const Table& table, int segment) {
+  return static_cast<In*>(const_cast<void*>(table.rows[segment * (table.num_tasks + 1) + table.num_tasks]));
 }
 
 }  // namespace gradstats::cuda

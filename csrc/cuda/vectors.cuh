@@ -68,6 +68,12 @@ __device__ auto entry_of(const Words& v, int e) {
     return ptx::to_float(Float16{static_cast<uint16_t>(v.w[e / 2] >> 16 * (e % 2))});
 }
 
+// What is written at once.
+template <class In>
+struct alignas(16) Entries {
+  In entries[kWidth<In>];
+};
+
 // float32 and bfloat16 have entries whose products leave the range of float32.
 template <class In>
 constexpr bool kWideRange = std::is_same_v<In, float> || std::is_same_v<In, BFloat16>;
