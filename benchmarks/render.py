@@ -233,7 +233,8 @@ def taken(case: dict[str, Any], method: str) -> float | None:
 
 
 def host_table(device: str) -> str:
-    """Microseconds that a call of ``pairwise`` takes with as many tensors of one entry: as lists, and stacked."""
+    """Microseconds of a call with as many tensors of one entry: ``pairwise`` of lists, planned, and of blocks."""
+    forms = ("pairwise", "pairwise, planned", "pairwise, stacked")
     cases = [case for case in bench_cases(device) if case["pairwise"]["dtype"] == "float32"]
     costs = {(case["pairwise"]["list"], case["pairwise"]["num_tasks"]): case for case in cases}
     tasks = sorted({num_tasks for _, num_tasks in costs})
@@ -242,8 +243,8 @@ def host_table(device: str) -> str:
         cells = []
         for num_tasks in tasks:
             case = costs[name, num_tasks]
-            both = [case[form]["host_microseconds"] for form in ("pairwise", "pairwise, stacked")]
-            cells.append(" / ".join(number(value, 3) for value in both))
+            costs_by_form = [case[form]["host_microseconds"] for form in forms if form in case]
+            cells.append(" / ".join(number(value, 3) for value in costs_by_form))
         rows.append([name, str(tensors), *cells])
     return table(["gradients", "tensors a task", *[f"T = {n}" for n in tasks]], rows, markdown=True)
 

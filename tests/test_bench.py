@@ -72,6 +72,7 @@ def test_limits_refuse_what_they_cannot_do(device):
     ("name", "tensors", "entries"),
     [
         ("resnet18", 62, 11_689_512),
+        ("resnet18-narrow", 62, 11_660),
         ("resnet50", 161, 25_557_032),
         ("vit-b", 152, 86_567_656),
         ("bert-base", 199, 109_482_240),

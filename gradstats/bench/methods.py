@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,11 @@ class Gradients:
     rows: list[list[Tensor]]
     blocks: list[Tensor]
     matrix: Tensor
+
+    @functools.cached_property
+    def plan(self) -> gradstats.PairwisePlan:
+        """Of the rows, made when it is first asked for."""
+        return gradstats.PairwisePlan(self.rows)
 
     @staticmethod
     def random(
@@ -91,6 +97,7 @@ class Method:
 
 METHODS = {
     OURS: Method(lambda g: gradstats.pairwise(g.rows).gram),
+    "pairwise, planned": Method(lambda g: g.plan().gram),
     "pairwise, stacked": Method(lambda g: gradstats.pairwise(g.blocks, stacked=True).gram),
     "stack(cat) @ .T": Method(lambda g: stack_cat(g.rows)),
     "mm, ready-made": Method(lambda g: torch.mm(g.matrix, g.matrix.T)),

@@ -8,15 +8,15 @@ from typing import TypeAlias
 Shape: TypeAlias = tuple[int, ...]
 
 
-def _resnet(blocks: tuple[int, int, int, int], *, bottleneck: bool) -> list[Shape]:
-    """He et al. (2015) as torchvision builds them, with BatchNorm and 1000 classes."""
+def _resnet(blocks: tuple[int, int, int, int], *, bottleneck: bool, stem: int = 64, classes: int = 1000) -> list[Shape]:
+    """He et al. (2015) as torchvision builds them, with BatchNorm."""
 
     def convolution(outputs: int, inputs: int, size: int) -> list[Shape]:
         return [(outputs, inputs, size, size), (outputs,), (outputs,)]  # the last two are the norm's
 
-    shapes = convolution(64, 3, 7)
-    inputs = 64
-    for width, count in zip((64, 128, 256, 512), blocks, strict=True):
+    shapes = convolution(stem, 3, 7)
+    inputs = stem
+    for width, count in zip((stem, 2 * stem, 4 * stem, 8 * stem), blocks, strict=True):
         outputs = 4 * width if bottleneck else width
         for _ in range(count):
             if bottleneck:
@@ -26,7 +26,7 @@ def _resnet(blocks: tuple[int, int, int, int], *, bottleneck: bool) -> list[Shap
             if inputs != outputs:
                 shapes += convolution(outputs, inputs, 1)  # of the shortcut
             inputs = outputs
-    return [*shapes, (1000, inputs), (1000,)]
+    return [*shapes, (classes, inputs), (classes,)]
 
 
 def _linear(outputs: int, inputs: int) -> list[Shape]:
@@ -63,6 +63,7 @@ def _llama_shard(ranks: int = 64) -> list[Shape]:
 
 #: What ``--lists`` names.
 MODELS: dict[str, Callable[[], list[Shape]]] = {
+    "resnet18-narrow": lambda: _resnet((2, 2, 2, 2), bottleneck=False, stem=2, classes=10),
     "resnet18": lambda: _resnet((2, 2, 2, 2), bottleneck=False),
     "resnet50": lambda: _resnet((3, 4, 6, 3), bottleneck=True),
     "vit-b": _vit_b,
