@@ -171,12 +171,8 @@ Tensor dual_cone(Tensor gram, bool each) {
   std::vector<double> lengths(n), cosine(n * n), linear(problems * n), z(problems * n);
   bool solved = normalize(gram, lengths, cosine);
   if (solved) {
-    for (int64_t i = 0; i < n; ++i)  // targets: the unit gradients, or the sum of all gradients
-      for (int64_t j = 0; j < n; ++j)
-        if (each)
-          linear[i * n + j] = -cosine[i * n + j];
-        else
-          linear[j] -= lengths[i] * cosine[i * n + j];
+    for (int64_t i = 0; i < n; ++i)  // what is projected: the unit gradients, or the sum of all gradients
+      for (int64_t j = 0; j < n; ++j) linear[each ? i * n + j : j] -= (each ? 1 : lengths[i]) * cosine[i * n + j];
     solved = project(cosine, linear, n, z);
   }
   for (int64_t j = 0; j < n; ++j) {
