@@ -218,6 +218,23 @@ def test_is_captured_by_a_cuda_graph(num_tasks):
     assert torch.equal(combined, ops.combine([block], num_tasks, weights, stacked=True)[0])
 
 
+@pytest.mark.parametrize("num_tasks", TASKS)
+def test_plans_give_what_pairwise_gives(num_tasks):
+    grads = [[torch.randn(300, 7, device="cuda"), torch.randn(5, 6, device="cuda").T] for _ in range(num_tasks)]
+    grads[0][1] = grads[0][1].contiguous()  # so that the others must be copied at each call
+    plan = gradstats.PairwisePlan(grads)
+    for change in (grads[0][0].neg_, grads[1][1].zero_, lambda: setattr(grads[1][0], "data", grads[0][0].clone())):
+        change()
+        assert torch.equal(plan().gram, gradstats.pairwise(grads).gram)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gram = plan().gram
+    grads[0][0].fill_(3.0)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(gram, gradstats.pairwise(grads).gram)
+
+
 def test_collects_during_backward():
     torch.manual_seed(0)
     trunk = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 32)).cuda()

@@ -9,7 +9,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <optional>
+
 #include "../combine_args.h"
+#include "../planned_calls.h"
 #include "combine_plan.h"
 #include "kernels.cuh"
 
@@ -61,21 +64,37 @@ void launch_combine(const CombineLaunch& launch, cudaStream_t stream) {
   });
 }
 
-// The Gramian. With rows to combine the gradients to, of at most kRegisterTasks tasks, and without a metric, these are
-// written, too.
-Tensor run_gram(const std::vector<Tensor>& grads, int64_t num_tasks, const std::vector<Tensor>& metric, bool stacked,
-                const std::vector<Tensor>& combined = {}, const double* weights = nullptr) {
-  const std::vector<Walk> walks = read_arguments(grads, num_tasks, metric, stacked, combined);
+// What gram makes of its arguments before it launches anything.
+struct Work {
+  std::vector<Walk> walks;
+  Plan plan;  // points to the walks
+  int64_t num_tasks;
+  bool stacked;
+};
+
+// With rows to combine the gradients to, at most kRegisterTasks tasks and no metric.
+Work make_work(const std::vector<Tensor>& grads, int64_t num_tasks, const std::vector<Tensor>& metric, bool stacked,
+               const std::vector<Tensor>& combined = {}, const double* weights = nullptr) {
   const Beside beside = !metric.empty()     ? Beside::metric
                         : !combined.empty() ? Beside::combination
                                             : Beside::nothing;
+  Work work{read_arguments(grads, num_tasks, metric, stacked, combined), {}, num_tasks, stacked};
   const int32_t device = grads[0].get_device_index();
   check_devices(grads, device);
   check_devices(metric, device);
+  work.plan = make_plan(work.walks, num_tasks, beside, weights);
+  return work;
+}
+
+// The Gramian, from the arguments that the work was made of. The rows to combine to are written as well.
+Tensor run_gram(const Work& work, const std::vector<Tensor>& grads, const std::vector<Tensor>& metric,
+                const std::vector<Tensor>& combined = {}, const double* weights = nullptr) {
+  const Plan& plan = work.plan;
+  const int64_t num_tasks = work.num_tasks;
+  const int32_t device = grads[0].get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
 
-  const Plan plan = make_plan(walks, num_tasks, beside, weights);
   Tensor partial = torch::stable::new_empty(grads[0], {num_pairs(num_tasks), plan.num_slots}, ScalarType::Double);
   Tensor result = torch::stable::new_empty(grads[0], {num_tasks, num_tasks}, ScalarType::Double);
   auto* const sums = partial.mutable_data_ptr<double>();
@@ -92,11 +111,11 @@ Tensor run_gram(const std::vector<Tensor>& grads, int64_t num_tasks, const std::
       continue;
     }
     // One copied parameter at a time: the allocator may reuse its memory behind the launch, on the same stream.
-    const auto rows = contiguous_parameter(grads, num_tasks, stacked, walk->parameter);
+    const auto rows = contiguous_parameter(grads, num_tasks, work.stacked, walk->parameter);
     std::vector<Tensor> scale, sum;
     if (!metric.empty()) scale.push_back(torch::stable::contiguous(metric[walk->parameter]));
     if (!combined.empty()) sum.push_back(combined[walk->parameter]);  // row-major, where there is something to copy
-    const std::vector<Walk> copied = read_arguments(rows, num_tasks, scale, stacked, sum);
+    const std::vector<Walk> copied = read_arguments(rows, num_tasks, scale, work.stacked, sum);
     general.flush();
     general.append(copied[0]);
     general.flush();
@@ -111,8 +130,22 @@ Tensor run_gram(const std::vector<Tensor>& grads, int64_t num_tasks, const std::
 }
 
 Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> metric, bool stacked) {
-  return run_gram(grads, num_tasks, metric, stacked);
+  return run_gram(make_work(grads, num_tasks, metric, stacked), grads, metric);
 }
+
+int64_t plan_gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> metric, bool stacked,
+                  std::vector<int64_t> addresses) {
+  Work work = make_work(grads, num_tasks, metric, stacked);
+  return planned_calls<Work>().add(std::move(grads), std::move(metric), addresses, std::move(work));
+}
+
+std::optional<Tensor> planned_gram(Tensor, int64_t number) {
+  const auto call = planned_calls<Work>().find(number);
+  if (!call->is_current()) return std::nullopt;
+  return run_gram(call->work, call->grads, call->metric);
+}
+
+void forget_plan(Tensor, int64_t number) { planned_calls<Work>().remove(number); }
 
 std::vector<Tensor> combine(std::vector<Tensor> grads, int64_t num_tasks, Tensor weights, bool stacked) {
   weights = read_weights(weights, num_tasks);
@@ -151,8 +184,8 @@ std::tuple<Tensor, std::vector<Tensor>> gram_combine(std::vector<Tensor> grads, 
   weights = read_weights(weights, num_tasks);
   std::vector<Tensor> combined = empty_combinations(grads, num_tasks, stacked);
   check_devices({weights}, grads[0].get_device_index());
-  Tensor gramian = run_gram(grads, num_tasks, {}, stacked, combined, weights.const_data_ptr<double>());
-  return {gramian, combined};
+  const double* const data = weights.const_data_ptr<double>();
+  return {run_gram(make_work(grads, num_tasks, {}, stacked, combined, data), grads, {}, combined, data), combined};
 }
 
 }  // namespace
@@ -162,6 +195,9 @@ STABLE_TORCH_LIBRARY_IMPL(gradstats, CUDA, library) {
   library.impl("gram", TORCH_BOX(&gradstats::cuda::gram));
   library.impl("combine", TORCH_BOX(&gradstats::cuda::combine));
   library.impl("gram_combine", TORCH_BOX(&gradstats::cuda::gram_combine));
+  library.impl("_plan_gram", TORCH_BOX(&gradstats::cuda::plan_gram));
+  library.impl("_planned_gram", TORCH_BOX(&gradstats::cuda::planned_gram));
+  library.impl("_forget_plan", TORCH_BOX(&gradstats::cuda::forget_plan));
 }
 
 // Importing the module is what loads the library; it has no Python functions of its own.
