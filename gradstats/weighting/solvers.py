@@ -49,7 +49,7 @@ def nonnegative_qp(matrix: Array, linear: Array, guess: Mask | None = None) -> A
     Args:
         matrix: ``A``, positive definite with entries of order 1, ``[T, T]``.
         linear: ``b`` of ``K`` problems, ``[K, T]``.
-        guess: Which entries are probably positive, ``[K, T]``; None for those of ``linear``.
+        guess: Which entries are probably positive, ``[K, T]``; None for where ``linear`` is.
 
     Returns:
         ``[K, T]``.
