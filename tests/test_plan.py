@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracle import Heads, assert_gram, plain_gram
+from oracle import Heads, assert_gram, check, plain_gram
 from torch import nn
 
 import gradstats
+from gradstats.collect.driver import _make_job
 from gradstats.collect.plan import LeafFacts, Plan, SegmentFacts, make_plan
+from gradstats.collect.walk import route
 
 MIB = 2**20
 
@@ -48,7 +50,9 @@ def test_thin_segments_are_batched_and_wide_ones_are_not(facts: SegmentFacts, ba
     ("rows", "tasks", "factored"),
     [(64, 32, True), (1, 2, True), (1000, 2, True), (1024, 32, True), (1025, 2, False), (2048, 32, False)],
 )
-def test_a_linear_layer_stays_factored_where_its_cotangents_are_no_larger(rows: int, tasks: int, factored: bool) -> None:
+def test_a_linear_layer_stays_factored_where_its_cotangents_are_no_larger(
+    rows: int, tasks: int, factored: bool
+) -> None:
     facts = [HEADS, segment(layer(rows, 1024, 1024), tasks=tasks)]
     plan = make_plan(facts)
     assert plan.steps[1].factored == (frozenset({0}) if factored else frozenset())
@@ -56,6 +60,27 @@ def test_a_linear_layer_stays_factored_where_its_cotangents_are_no_larger(rows: 
     assert formed.steps[1].factored == frozenset()
     assert plan.operations <= formed.operations
     assert plan.bytes <= formed.bytes
+
+
+def test_a_linear_layer_too_narrow_for_the_kernel_is_formed() -> None:
+    for fan_out, factored in ((8, {0}), (4, set()), (1, set())):
+        assert make_plan([segment(layer(256, 256, fan_out))]).steps[0].factored == factored
+
+
+def test_more_gradients_stay_factored_where_another_segment_needs_as_much_memory() -> None:
+    tokens, large = segment(layer(512, 256, 256)), segment(LeafFacts("w", 10**6, 4, 10**9))
+    assert make_plan([HEADS, tokens]).steps[1].factored == set()
+    plan = make_plan([HEADS, tokens, large])
+    assert plan.steps[1].factored == {0}
+    assert plan.bytes == make_plan([HEADS, tokens, large], may_factor=False).bytes
+    assert make_plan([HEADS, tokens, large], max_bytes=plan.bytes - 1).bytes < plan.bytes
+
+
+def test_cotangents_that_enter_a_segment_count_once() -> None:
+    entering = dataclasses.replace(layer(2048, 1024, 1024), enters=True)
+    alone, below = segment(entering), segment(layer(8, 8, 8)).joined(segment(entering))
+    assert make_plan([HEADS, alone]).steps[1].factored == {0}
+    assert make_plan([HEADS, below]).steps[1].factored == set()
 
 
 def test_what_is_no_linear_layer_is_formed() -> None:
@@ -179,3 +204,36 @@ def _fits(losses: dict[str, torch.Tensor], params: list[nn.Parameter], method: s
     except ValueError:
         return False
     return True
+
+
+class Tokens(nn.Module):
+    """Layers that apply a weight in every way that keeps it factored, to more rows than their fan-in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.last = nn.Linear(96, 200), nn.Linear(200, 96), nn.Linear(96, 150, bias=False)
+        self.mixed, self.summed = (nn.Parameter(torch.randn(96, 96) / 10) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[N, tokens, 96]`` to ``[N, tokens, 150]``."""
+        x = x + self.down(torch.relu(self.up(x)))
+        x = torch.tanh(x @ self.mixed)
+        return self.last(torch.tanh(torch.einsum("ntk,ko->nto", x, self.summed)))
+
+
+@pytest.mark.parametrize("method", ["auto", "batched", "blockwise"])
+def test_layers_on_more_rows_than_their_fan_in(method: str) -> None:
+    model = Heads(Tokens(), 150, torch.randn(4, 60, 96), tasks=5)
+    losses = model()
+    names = {"down.weight", "last.weight", "mixed", "summed"}
+    plan = str(gradstats.explain(losses, model.trunk, method=method))
+    assert {name for name, _ in model.trunk.named_parameters() if f"{name}*" in plan} == names
+    check(model, losses, method, list(model.trunk.parameters()))
+
+
+def test_gradients_enter_a_segment_at_its_last_layer_and_beside_a_residual_connection() -> None:
+    trunk = Tokens()
+    losses = Heads(trunk, 150, torch.randn(4, 60, 96))()
+    job = _make_job(list(losses.values()), trunk, None, None, None, None)
+    facts = {leaf.name: leaf.enters for part in route(job, batched=False)[0].facts for leaf in part.leaves}
+    assert {name for name, enters in facts.items() if enters} == {"last.weight", "down.weight"}
