@@ -187,10 +187,19 @@ void for_each_slot(const Problem& problem, int64_t slots, const Function& functi
   });
 }
 
-// The Gramian, float64 [T, T], allocated like `like`, of the sums of the products of all pairs in each slot.
-Tensor add_slots(const std::vector<double>& sums, int64_t num_tasks, const Tensor& like) {
+// A float64 tensor [T, T]. torch::stable::new_empty looks its operator up by name each time, which small problems notice.
+Tensor empty_gramian(int64_t num_tasks) {
+  const int64_t sizes[] = {num_tasks, num_tasks}, strides[] = {num_tasks, 1};
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_float64(),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// The Gramian of the sums of the products of all pairs in each slot.
+Tensor add_slots(const std::vector<double>& sums, int64_t num_tasks) {
   const int64_t num_pairs = num_tasks * (num_tasks + 1) / 2, slots = static_cast<int64_t>(sums.size()) / num_pairs;
-  Tensor result = torch::stable::new_empty(like, {num_tasks, num_tasks}, torch::headeronly::ScalarType::Double);
+  Tensor result = empty_gramian(num_tasks);
   double* out = result.mutable_data_ptr<double>();
   for (int64_t i = 0, pair = 0; i < num_tasks; ++i)
     for (int64_t j = i; j < num_tasks; ++j, ++pair) {
@@ -201,20 +210,20 @@ Tensor add_slots(const std::vector<double>& sums, int64_t num_tasks, const Tenso
   return result;
 }
 
-// The Gramian, float64 [T, T], allocated like `like`; on the way the weighted sums, where the problem has weights.
-Tensor run_gram(const Problem& problem, const Tensor& like) {
+// The Gramian; on the way the weighted sums, where the problem has weights.
+Tensor run_gram(const Problem& problem) {
   const int64_t num_tasks = problem.num_tasks, num_pairs = num_tasks * (num_tasks + 1) / 2;
   const int64_t slots = num_slots(problem.starts.back(), num_tasks);
   std::vector<double> sums(slots * num_pairs);
   for_each_slot(problem, slots, [&](int64_t slot, int64_t begin, int64_t end) {
     kernels().gram_slot(problem, begin, end, sums.data() + slot * num_pairs);
   });
-  return add_slots(sums, num_tasks, like);
+  return add_slots(sums, num_tasks);
 }
 
 Tensor gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> metric, bool stacked) {
   auto walks = read_arguments(grads, num_tasks, metric, stacked);
-  return run_gram(make_problem(std::move(walks), num_tasks, !metric.empty(), nullptr), grads[0]);
+  return run_gram(make_problem(std::move(walks), num_tasks, !metric.empty(), nullptr));
 }
 
 std::vector<Tensor> combine(std::vector<Tensor> grads, int64_t num_tasks, Tensor weights, bool stacked) {
@@ -234,23 +243,23 @@ std::tuple<Tensor, std::vector<Tensor>> gram_combine(std::vector<Tensor> grads, 
   std::vector<Tensor> combined = empty_combinations(grads, num_tasks, stacked);
   auto walks = read_arguments(grads, num_tasks, metric, stacked, combined);
   const double* const data = weights.const_data_ptr<double>();
-  Tensor gramian = run_gram(make_problem(std::move(walks), num_tasks, !metric.empty(), data), grads[0]);
+  Tensor gramian = run_gram(make_problem(std::move(walks), num_tasks, !metric.empty(), data));
   return {gramian, combined};
 }
 
 // As run_gram, of the weight gradients of a linear layer.
-Tensor run_linear_gram(const LinearLayer& layer, const Tensor& like) {
+Tensor run_linear_gram(const LinearLayer& layer) {
   const int64_t num_tasks = layer.num_tasks(), products = layer.rows * layer.fan_in * layer.fan_out;
   const int64_t slots = std::min(std::max<int64_t>(1, layer.num_patches()), num_slots(products, num_tasks));
   std::vector<double> sums(slots * num_tasks * (num_tasks + 1) / 2);
   torch::stable::parallel_for(0, slots, 1, [&](int64_t first, int64_t last) {
     kernels().linear_gram_slots(layer, slots, first, last, sums.data());
   });
-  return add_slots(sums, num_tasks, like);
+  return add_slots(sums, num_tasks);
 }
 
 Tensor linear_gram(Tensor inputs, std::vector<Tensor> cotangents) {
-  return run_linear_gram(read_linear_layer(inputs, cotangents), inputs);
+  return run_linear_gram(read_linear_layer(inputs, cotangents));
 }
 
 std::tuple<Tensor, Tensor> linear_gram_combine(Tensor inputs, std::vector<Tensor> cotangents, Tensor weights) {
@@ -259,7 +268,7 @@ std::tuple<Tensor, Tensor> linear_gram_combine(Tensor inputs, std::vector<Tensor
   Tensor combined = torch::stable::new_empty(cotangents[0], {layer.fan_out, layer.fan_in});
   layer.weights = weights.const_data_ptr<double>();
   layer.combined = detail::read_matrix(combined, layer.fan_out, layer.fan_in);
-  return {run_linear_gram(layer, inputs), combined};
+  return {run_linear_gram(layer), combined};
 }
 
 int64_t plan_gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tensor> metric, bool stacked,
@@ -272,7 +281,7 @@ int64_t plan_gram(std::vector<Tensor> grads, int64_t num_tasks, std::vector<Tens
 std::optional<Tensor> planned_gram(Tensor, int64_t number) {
   const auto call = planned_calls<Problem>().find(number);
   if (!call->is_current()) return std::nullopt;
-  return run_gram(call->work, call->grads[0]);
+  return run_gram(call->work);
 }
 
 void forget_plan(Tensor, int64_t number) { planned_calls<Problem>().remove(number); }
