@@ -30,8 +30,8 @@ gpu: $(VENV)/.with-test  ## Test, sanitize and time on a GPU, with a CUDA torch 
 	GRADSTATS_REQUIRE_COMPILED=1 $(BIN)/python -m pytest -m gpu $(TEST_ARGS)
 	GRADSTATS_REQUIRE_COMPILED=1 GRADSTATS_BACKEND=triton $(BIN)/python -m pytest tests/test_gpu.py $(TEST_ARGS)
 	@if command -v compute-sanitizer >/dev/null; then set -e; for tool in memcheck racecheck; do \
-	  echo "compute-sanitizer $$tool"; GRADSTATS_BACKEND=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
-	    --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_gpu.py -k test_small_problems; done; \
+	  echo "compute-sanitizer $$tool"; GRADSTATS_REQUIRE_COMPILED=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
+	    --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_gpu.py -k test_small; done; \
 	else echo "no compute-sanitizer here: accesses out of bounds and races not looked for"; fi
 	$(BIN)/python benchmarks/pairwise.py --device cuda
 

@@ -107,6 +107,22 @@ def test_small_problems(num_tasks, dtype):
     assert all(torch.equal(a, b) for a, b in zip(fused, alone, strict=True))
 
 
+@pytest.mark.parametrize("num_tasks", [2, 7, 13])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_small_linear_layers(num_tasks, dtype):
+    if not gradstats.backends()["triton"].available:
+        pytest.skip("no Triton kernel")
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, 133, generator=generator).to(dtype)
+    cotangents = torch.randn(num_tasks, 200, 77, generator=generator).to(dtype)
+    weights = torch.rand(num_tasks, generator=generator, dtype=torch.float64)
+    gram, combined = ops.linear_gram_combine(inputs.cuda(), [c.cuda() for c in cotangents], weights.cuda())
+    grads = cotangents.double().mT @ inputs.double()
+    assert_same(gram, reference.gram([grads], num_tasks, [], True))
+    exact = torch.tensordot(weights, grads, 1)
+    torch.testing.assert_close(combined.cpu().double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
 @pytest.mark.parametrize("num_tasks", TASKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_permuting_tasks_permutes_the_result_exactly(num_tasks, dtype):

@@ -24,6 +24,7 @@ from gradstats.ops import backends, reference
 
 triton = pytest.importorskip("triton", reason="needs triton", exc_type=ImportError)
 triton_gram = pytest.importorskip("gradstats.ops.triton_gram")
+triton_linear = pytest.importorskip("gradstats.ops.triton_linear")
 triton_kernels = triton_gram.triton_kernels
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -312,6 +313,93 @@ class TestCombinations:
             triton_gram.combine([g.to(DEVICE) for g in grads], num_tasks, weights.to(DEVICE), False)
 
 
+# ---- linear layers ---------------------------------------------------------------------------------------------------
+
+
+def check_linear(inputs: Tensor, cotangents: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
+    """The Gramian, after it and the weighted sum have been compared with float64."""
+    if weights is None:
+        weights = randn(len(cotangents), seed=99, dtype=torch.float64)
+    on_device = inputs.to(DEVICE), [rows.to(DEVICE) for rows in cotangents]
+    with np.errstate(all="ignore"):
+        gram, combined = triton_linear.linear_gram_combine(*on_device, weights.to(DEVICE))
+        assert torch.equal(gram.nan_to_num(7.0), triton_linear.linear_gram(*on_device).nan_to_num(7.0))
+    grads = torch.stack([rows.double().T @ inputs.double() for rows in cotangents])
+    assert torch.equal(gram.nan_to_num(7.0), gram.T.nan_to_num(7.0))
+    assert not error(gram.cpu(), [grads], stacked=True) > 1e-6  # also if NaN
+    sizes = torch.stack([rows.double().abs().T @ inputs.double().abs() for rows in cotangents])
+    exact, size = (torch.tensordot(w, g, 1) for w, g in ((weights, grads), (weights.abs(), sizes)))
+    assert combined.dtype == cotangents[0].dtype
+    bound = 5e-7 * size + torch.finfo(combined.dtype).eps * exact.abs()
+    assert not ((combined.cpu().double() - exact).abs() > bound).any()
+    return gram.cpu()
+
+
+def layer(
+    tasks: int, rows: int, fan_in: int, fan_out: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, list[Tensor]]:
+    cotangents = [randn(rows, fan_out, seed=t + 1, dtype=dtype) for t in range(tasks)]
+    return randn(rows, fan_in, dtype=dtype), cotangents
+
+
+class TestLinearLayers:
+    pytestmark = runs
+
+    #: Within a tile of the weight and across several, as many tasks as a tile is for and fewer.
+    @pytest.mark.parametrize("size", [(1, 5, 3, 4), (2, 70, 130, 140), (3, 33, 7, 65), (16, 40, 130, 10)])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_against_the_definition(self, size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+        if INTERPRETED and size[0] == 16 and dtype != torch.float32:
+            pytest.skip("takes the interpreter long")
+        inputs, cotangents = layer(*size, dtype)
+        gram = check_linear(inputs, cotangents)
+        grads = torch.stack([rows.double().T @ inputs.double() for rows in cotangents])
+        assert error(gram, [grads], stacked=True) < 2e-7
+
+    def test_any_layout(self) -> None:
+        inputs, cotangents = layer(3, 40, 20, 18)
+        check_linear(inputs.T.contiguous().T, [rows.T.contiguous().T for rows in cotangents])
+        check_linear(inputs[:, 1:], [rows[:, 2:] for rows in cotangents])
+        check_linear(inputs[:1].expand_as(inputs), [cotangents[0], cotangents[1][:1].expand(40, 18), cotangents[2]])
+
+    def test_what_goes_by_parts(self) -> None:
+        assert torch.equal(check_linear(*layer(2, 0, 3, 4)), torch.zeros(2, 2, dtype=torch.float64))
+        inputs, cotangents = layer(17, 5, 3, 2)
+        check_linear(inputs, cotangents)
+        check_linear(inputs, [cotangents[0], cotangents[1].double()])
+
+    @pytest.mark.parametrize("dtype", DTYPES[:3])
+    def test_constants_of_many_rows(self, dtype: torch.dtype) -> None:
+        rows = 300_000 if ON_GPU else 2_000
+        inputs = torch.full((rows, 8), 1 / 3).to(dtype)
+        check_linear(inputs, [torch.full((rows, 4), 0.7).to(dtype)])
+
+    def test_products_of_gradients_that_leave_float32(self) -> None:
+        inputs, cotangents = layer(3, 20, 9, 5)
+        check_linear(inputs * 1e10, [cotangents[0] * 1e15, cotangents[1] * 1e-35, cotangents[2]])
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_a_broken_task_shows_in_its_row_and_column_alone(self, bad: float) -> None:
+        inputs, cotangents = layer(3, 40, 20, 18)
+        cotangents[1][7, 3] = bad
+        gram = check_linear(inputs, cotangents)
+        assert not gram[1].isfinite().any()
+        assert gram[[0, 2]][:, [0, 2]].isfinite().all()
+
+    @pytest.mark.parametrize(
+        ("inputs", "cotangents", "weights", "message"),
+        [
+            (torch.ones(3, 2), [], torch.ones(1), "expected inputs .N, k., and cotangents"),
+            (torch.ones(3, 2), [torch.ones(4, 2)], torch.ones(1), "expected inputs .N, k., and cotangents"),
+            (torch.ones(3, 2), [torch.ones(3, 2), torch.ones(3, 1)], torch.ones(2), "expected inputs .N, k."),
+            (torch.ones(3, 2), [torch.ones(3, 2)], torch.ones(1), "expected float64 weights of shape .1."),
+        ],
+    )
+    def test_direct_calls_are_checked(self, inputs, cotangents, weights, message) -> None:
+        with pytest.raises(ValueError, match=message):
+            triton_linear.linear_gram_combine(inputs, cotangents, weights)
+
+
 # ---- what a GPU alone can show ---------------------------------------------------------------------------------------
 
 
@@ -365,6 +453,22 @@ class TestOnGpu:
         again = triton_gram.combine(grads, num_tasks, weights, False)
         assert all(torch.equal(a, b) for a, b in zip(combined, again, strict=True))
 
+    @pytest.mark.parametrize("dtype", DTYPES[:3])
+    def test_linear_layers_give_the_same_bits_in_a_thousand_runs_and_in_a_cuda_graph(self, dtype: torch.dtype) -> None:
+        inputs, cotangents = layer(8, 500, 300, 200, dtype)
+        inputs, cotangents = inputs.cuda(), [rows.cuda() for rows in cotangents]
+        gram = triton_linear.linear_gram(inputs, cotangents)
+        runs = torch.stack([triton_linear.linear_gram(inputs, cotangents) for _ in range(1000)])
+        assert torch.equal(runs, gram.expand_as(runs))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = triton_linear.linear_gram(inputs, cotangents)
+        inputs.copy_(torch.randn_like(inputs))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(replayed, triton_linear.linear_gram(inputs, cotangents))
+
 
 # ---- the choice of the backend ---------------------------------------------------------------------------------------
 
@@ -377,8 +481,8 @@ torch.version.cuda = "13.0"
 sys.modules["gradstats._C_cuda"] = None
 import gradstats
 assert gradstats.backends()["triton"].available, gradstats.backends()
-for name in ("gradstats::gram", "gradstats::combine"):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+for name in ("gram", "combine", "linear_gram", "linear_gram_combine"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gradstats::{name}", "CUDA")
 assert "triton" not in sys.modules
 """
     env = {**os.environ, "GRADSTATS_BACKEND": ""}
@@ -393,37 +497,50 @@ assert "triton" not in sys.modules
         ("triton", "13.0", True, True, "compiled on first use"),
         ("cpu", "13.0", False, True, "GRADSTATS_BACKEND=cpu"),
         ("", None, False, True, "this torch is built without CUDA"),
-        ("", "13.0", True, True, "the compiled CUDA kernels are preferred"),
+        ("", "13.0", True, True, "for linear layers; else CUDA is preferred"),
         ("", "13.0", False, False, "triton is not installed"),
     ],
 )
 def test_is_chosen_on_gpus_without_the_cuda_library(
     monkeypatch: pytest.MonkeyPatch, forced: str, cuda: str | None, compiled: bool, installed: bool, detail: str
 ) -> None:
-    registered: list[object] = []
+    registered: list[str] = []
     monkeypatch.setenv("GRADSTATS_BACKEND", forced)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(backends, "_load", lambda module: (module == "_C" or compiled, "its file"))
-    monkeypatch.setattr(backends, "_triton_library", SimpleNamespace(impl=lambda *kernel: registered.append(kernel)))
+    monkeypatch.setattr(backends, "_triton_library", SimpleNamespace(impl=lambda name, *_: registered.append(name)))
     if not installed:
         monkeypatch.setitem(sys.modules, "triton", None)
     found = backends.load_backends()["triton"]
     assert found.detail == detail
-    assert found.available == (detail == "compiled on first use") == bool(registered)
+    everything = ["gram", "combine", "linear_gram", "linear_gram_combine"]
+    expected = {"compiled on first use": everything, "for linear layers; else CUDA is preferred": everything[2:]}
+    assert registered == expected.get(detail, [])
+    assert found.available == bool(registered)
 
 
 # ---- the code --------------------------------------------------------------------------------------------------------
 
 
 class Compiled:
-    """A kernel compiled for an architecture; all pointers are aligned to 16 bytes."""
+    """A kernel compiled for an architecture. All pointers are multiples of 16, and ``multiples`` of the integers."""
 
     def __init__(
-        self, kernel: Any, arch: int, signature: dict[str, str], constants: dict[str, Any], num_warps: int
+        self,
+        kernel: Any,
+        arch: int,
+        signature: dict[str, str],
+        constants: dict[str, Any],
+        num_warps: int,
+        multiples: Sequence[str] = (),
     ) -> None:
         signature = signature | dict.fromkeys(constants, "constexpr")
         arguments = {name: signature[name] for name in kernel.arg_names}
-        aligned = {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(arguments.values()) if kind.startswith("*")}
+        aligned = {
+            (k,): [["tt.divisibility", 16]]
+            for k, (name, kind) in enumerate(arguments.items())
+            if kind.startswith("*") or name in multiples
+        }
         source = triton.compiler.ASTSource(kernel, arguments, constants, aligned)
         target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
         compiled = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": 3})
@@ -457,9 +574,20 @@ def compiled_gram(num_tasks: int, kind: triton_gram.Kind, arch: int, **extra: ob
 def compiled_combine(dtype: torch.dtype, arch: int, aligned: bool = True) -> Compiled:
     """The kernel of :func:`triton_gram.combine`."""
     signature = {"table": "*i64", "weights": "*fp64", "num_segments": "i32", "num_rows": "i32"}
-    constants = {"DTYPE": triton_gram._TRITON_DTYPES[dtype], "ALIGNED": aligned}
+    constants = {"DTYPE": triton_gram.TRITON_DTYPES[dtype], "ALIGNED": aligned}
     constants |= {"LANES": 128, "VECTOR": 16 // dtype.itemsize}
     return Compiled(triton_kernels.combine_kernel, arch, signature, constants, 4)
+
+
+def compiled_linear(num_tasks: int, dtype: torch.dtype, arch: int) -> Compiled:
+    """The kernel of :func:`triton_linear.linear_gram_combine`."""
+    entry = "*" + {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    signature = {"table": "*i64", "inputs": entry, "weights": "*fp64", "combined": entry, "partial": "*fp64"}
+    sizes = ["num_rows", "fan_in", "fan_out", "input_stride", "cotangent_stride"]
+    signature |= dict.fromkeys(sizes, "i32")
+    constants = {"DTYPE": triton_gram.TRITON_DTYPES[dtype], "ALIGNED": True, "AS_FLOAT32": False, "COMBINE": True}
+    constants |= triton_linear.tiling(num_tasks, dtype)
+    return Compiled(triton_kernels.linear_kernel.fn, arch, signature, constants, 8, sizes[1:])
 
 
 def kind(dtype: torch.dtype, metric_dtype: torch.dtype | None = None, aligned: bool = True) -> triton_gram.Kind:
@@ -527,3 +655,19 @@ class TestCode:
 
     def test_weighted_sums_of_unaligned_rows(self) -> None:
         assert compiled_combine(torch.float32, 90, aligned=False).count(r"(ld|st)\.global\S*\.v[24]") == 0
+
+    @pytest.mark.parametrize(
+        ("arch", "dtype", "instruction"),
+        [
+            (80, torch.float32, r"mma\.sync\S*\.m16n8k8\S*\.tf32\.tf32"),
+            (90, torch.float32, r"wgmma\S*\.m64n128k8\S*\.tf32\.tf32"),
+            (90, torch.bfloat16, r"wgmma\S*\.m64n128k16\S*\.bf16\.bf16"),
+            (100, torch.bfloat16, r"tcgen05\.mma\S*f16"),
+        ],
+    )
+    def test_linear_layers_go_to_tensor_cores(self, arch: int, dtype: torch.dtype, instruction: str) -> None:
+        code = compiled_linear(4, dtype, arch)
+        assert code.count(instruction)
+        assert re.search(r"cp\.async\.cg\S* \[[^]]*\], \[[^]]*\], (0x10|16)", code.ptx), "no copies of 16 bytes"
+        assert "DFMA" in code.sass, "gradients are multiplied in float64"
+        assert arch != 90 or not code.spills  # elsewhere a few words wait in local memory

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 
@@ -44,25 +44,33 @@ def _load(module: str) -> tuple[bool, str]:
 _triton_library = torch.library.Library("gradstats", "IMPL")
 
 
-def _gram_by_triton(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stacked: bool) -> Tensor:
-    from gradstats.ops import triton_gram  # importing Triton takes long
-
-    return triton_gram.gram(grads, num_tasks, metric, stacked)
-
-
-def _combine_by_triton(grads: Sequence[Tensor], num_tasks: int, weights: Tensor, stacked: bool) -> list[Tensor]:
-    from gradstats.ops import triton_gram
-
-    return triton_gram.combine(grads, num_tasks, weights, stacked)
+#: The operators that have Triton kernels, by the module that has them. Of linear layers there are no others on a GPU.
+_TRITON_KERNELS = {
+    "gram": "triton_gram",
+    "combine": "triton_gram",
+    "linear_gram": "triton_linear",
+    "linear_gram_combine": "triton_linear",
+}
 
 
-def _register_triton() -> tuple[bool, str]:
-    """Register the Triton kernels, which are imported and compiled when they are first used."""
+def _triton_kernel(name: str) -> Callable[..., Any]:
+    """A kernel that is imported when it is first used: importing Triton takes long."""
+
+    def kernel(*arguments: Any) -> Any:
+        module = importlib.import_module(f"gradstats.ops.{_TRITON_KERNELS[name]}")
+        return getattr(module, name)(*arguments)
+
+    return kernel
+
+
+def _register_triton(*, beside_cuda: bool) -> tuple[bool, str]:
+    """Register the Triton kernels; beside those of the CUDA library, which are preferred, what that lacks."""
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed"
-    _triton_library.impl("gram", _gram_by_triton, "CUDA")
-    _triton_library.impl("combine", _combine_by_triton, "CUDA")
-    return True, "compiled on first use"
+    for name, module in _TRITON_KERNELS.items():
+        if not beside_cuda or module == "triton_linear":
+            _triton_library.impl(name, _triton_kernel(name), "CUDA")
+    return True, "for linear layers; else CUDA is preferred" if beside_cuda else "compiled on first use"
 
 
 def load_backends() -> dict[str, Backend]:
@@ -83,10 +91,8 @@ def load_backends() -> dict[str, Backend]:
         loaded, detail = False, f"GRADSTATS_BACKEND={forced}"
     elif torch.version.cuda is None:
         loaded, detail = False, "this torch is built without CUDA"
-    elif found["cuda"].available:
-        loaded, detail = False, "the compiled CUDA kernels are preferred"
     else:
-        loaded, detail = _register_triton()
+        loaded, detail = _register_triton(beside_cuda=found["cuda"].available)
     found["triton"] = Backend("triton", "cuda", loaded, detail)
     if forced and not found[forced].available:
         raise ImportError(f"GRADSTATS_BACKEND={forced}, but that backend is {found[forced].detail}")
@@ -100,7 +106,7 @@ def backends() -> dict[str, Backend]:
     """The backends by name, with whether each is loaded here and why not.
 
     The choice is the dispatcher's: ``"cpu"`` for tensors on the CPU; ``"cuda"`` for those on a GPU, or ``"triton"``
-    where that is not compiled; else ``"reference"``. Set the environment variable ``GRADSTATS_BACKEND`` to one of the
-    names before the first import to load that one (and the reference) only.
+    where that is not compiled, and for linear layers; else ``"reference"``. Set the environment variable
+    ``GRADSTATS_BACKEND`` to one of the names before the first import to load that one (and the reference) only.
     """
     return dict(_loaded)

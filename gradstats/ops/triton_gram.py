@@ -19,7 +19,7 @@ from gradstats.ops import reference, triton_kernels
 
 Table: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
-_TRITON_DTYPES = {
+TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -27,7 +27,7 @@ _TRITON_DTYPES = {
 }
 _MAX_REGISTER_ROWS = 8  # up to so many tasks, the sums of all pairs fit in registers
 _LANES = 128  # threads of the register kernel and of the weighted sums
-_VECTOR_BYTES = 16  # what each of them reads of a row at a time
+VECTOR_BYTES = 16  # what each of them reads of a row at a time
 _MAX_TILE = 64  # tasks on each side of a tile of pairs
 # What the tile kernel reads of a row at a time: short sums, as tensor cores cut bits off when they add.
 _TILE_BYTES = 64
@@ -48,8 +48,8 @@ class Kind(NamedTuple):
     def constants(self) -> dict[str, Any]:
         """The kernels' arguments that they are compiled for."""
         return {
-            "DTYPE": _TRITON_DTYPES[self.dtype],
-            "METRIC_DTYPE": _TRITON_DTYPES[self.beside_dtype] if self.beside_dtype else None,
+            "DTYPE": TRITON_DTYPES[self.dtype],
+            "METRIC_DTYPE": TRITON_DTYPES[self.beside_dtype] if self.beside_dtype else None,
             "ALIGNED": self.aligned,
         }
 
@@ -86,7 +86,7 @@ class Tiling(NamedTuple):
     def chunk(self, dtype: torch.dtype) -> int:
         """Entries of a row that are read at a time."""
         if not self.tile:
-            return _LANES * _VECTOR_BYTES // dtype.itemsize
+            return _LANES * VECTOR_BYTES // dtype.itemsize
         return max(_TILE_BYTES // dtype.itemsize, 16)  # no fewer, for tl.dot of Triton 3.6
 
     def num_slots(self, chunks: int) -> int:
@@ -110,11 +110,8 @@ def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stac
     result = first.new_empty((num_tasks, num_tasks), dtype=torch.float64)
     with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]  # torch does not annotate it
         for kind, table, sums in zip(groups, tables, torch.split(partial, slots), strict=True):
-            _launch(kind, _to_device(table, first.device), sums, tiling)
-        grid = (triton.cdiv(num_tasks**2, 16),)
-        triton_kernels.reduce_kernel[grid](
-            partial, result, sum(slots), num_tasks, tiling.rows, SLOTS=128, BLOCK=16, num_warps=4
-        )
+            _launch(kind, to_device(table, first.device), sums, tiling)
+        reduce_slots(partial, result)
     return result
 
 
@@ -136,14 +133,14 @@ def combine(grads: Sequence[Tensor], num_tasks: int, weights: Tensor, stacked: b
             table = _table(group, tiling)
             grid = (min(int(table[-1, -1]), _MAX_SLOTS),)
             triton_kernels.combine_kernel[grid](
-                _to_device(table, first.device),
+                to_device(table, first.device),
                 padded,
                 len(group),
                 tiling.rows,
-                DTYPE=_TRITON_DTYPES[kind.dtype],
+                DTYPE=TRITON_DTYPES[kind.dtype],
                 ALIGNED=kind.aligned,
                 LANES=_LANES,
-                VECTOR=_VECTOR_BYTES // kind.dtype.itemsize,
+                VECTOR=VECTOR_BYTES // kind.dtype.itemsize,
                 num_warps=_LANES // 32,
             )
     return combined
@@ -216,7 +213,7 @@ def _stacked_parameter(block: Tensor, beside: Sequence[Tensor], device: torch.de
 
 
 def _check(shape: torch.Size, rows: Sequence[Tensor], beside: Sequence[Tensor], device: torch.device) -> None:
-    if any(tensor.dtype not in _TRITON_DTYPES for tensor in (rows[0], *beside)):
+    if any(tensor.dtype not in TRITON_DTYPES for tensor in (rows[0], *beside)):
         raise ValueError("gradstats: expected float32, float64, float16 or bfloat16 tensors")
     if any(tensor.device != device for tensor in (*rows, *beside)):
         raise ValueError(f"gradstats: expected all tensors on {device}")
@@ -228,7 +225,7 @@ def _parameter(
     addresses: list[int], dtype: torch.dtype, numel: int, rows: Sequence[Tensor], beside: Sequence[Tensor]
 ) -> Parameter:
     address = beside[0].data_ptr() if beside else 0
-    aligned = all(each % _VECTOR_BYTES == 0 for each in (*addresses, address))
+    aligned = all(each % VECTOR_BYTES == 0 for each in (*addresses, address))
     kind = Kind(dtype, beside[0].dtype if beside else None, aligned)
     return Parameter(addresses, address, numel, kind, [*rows, *beside])
 
@@ -263,7 +260,7 @@ def _table(parameters: Sequence[Parameter], tiling: Tiling) -> Table:
     return table
 
 
-def _to_device(table: Table, device: torch.device) -> Tensor:
+def to_device(table: Table, device: torch.device) -> Tensor:
     """A copy of the table on the device."""
     if device.type != "cuda":  # Triton's interpreter
         return torch.from_numpy(table)
@@ -277,6 +274,13 @@ def _from_arguments(table: Table, device: torch.device) -> Tensor:
     words = torch.zeros(table.size, dtype=torch.int64, device=device)
     torch._foreach_add_(list(words.unbind()), table.flatten().tolist())
     return words.view(table.shape)
+
+
+def reduce_slots(partial: Tensor, result: Tensor) -> None:
+    """Sum all slots, float64 ``[slots, rows, rows]``, in order, and make the result ``[T, T]`` symmetric."""
+    slots, num_rows, _ = partial.shape
+    grid = (triton.cdiv(result.numel(), 16),)
+    triton_kernels.reduce_kernel[grid](partial, result, slots, len(result), num_rows, SLOTS=128, BLOCK=16, num_warps=4)
 
 
 def _launch(kind: Kind, table: Tensor, sums: Tensor, tiling: Tiling) -> None:
@@ -295,7 +299,7 @@ def _launch(kind: Kind, table: Tensor, sums: Tensor, tiling: Tiling) -> None:
             kernel.fn[grid](table, sums, fits, *sizes, WIDE=True, num_warps=num_warps, **constants)
 
     if not tiling.tile:
-        run(triton_kernels.register_kernel, 1, _LANES // 32, LANES=_LANES, VECTOR=_VECTOR_BYTES // kind.dtype.itemsize)
+        run(triton_kernels.register_kernel, 1, _LANES // 32, LANES=_LANES, VECTOR=VECTOR_BYTES // kind.dtype.itemsize)
         return
     tiles, chunk = tiling.rows // tiling.tile, tiling.chunk(kind.dtype)
     for same, programs in ((True, tiles), (False, tiles * (tiles - 1))):

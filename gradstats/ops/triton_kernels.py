@@ -8,7 +8,8 @@ Products of float32 and narrower types are formed in float32, and few of them ar
 A slot with an entry whose square float32 cannot hold is done again in float64, as is float64 itself and whatever has
 a metric.
 
-``combine_kernel`` makes the weighted sums.
+``combine_kernel`` makes the weighted sums, and ``linear_kernel`` both, of the gradients of a linear layer's weight that
+it forms tile by tile (:mod:`gradstats.ops.triton_linear`).
 """
 
 import triton
@@ -27,6 +28,7 @@ _LARGEST = tl.constexpr(2.0**60)
 
 # What the tile kernel is tuned over: how it is laid out on the device, which does not change the order of any sum. The
 # interpreter has no device to tune for.
+_INTERPRETED = triton.knobs.runtime.interpret
 _CONFIGS = [triton.Config({}, num_warps=warps, num_stages=stages) for warps in (1, 2, 4, 8) for stages in (3, 5)]
 
 
@@ -358,7 +360,7 @@ def _tile_slot(
 
 
 @triton.autotune(
-    _CONFIGS[:1] if triton.knobs.runtime.interpret else _CONFIGS,
+    _CONFIGS[: 1 if _INTERPRETED else None],
     key=["DTYPE", "METRIC_DTYPE", "ALIGNED", "WIDE", "SAME", "TILE"],
     prune_configs_by={"early_config_prune": _worth_trying},
 )
@@ -507,3 +509,169 @@ def combine_kernel(
                 _combine(weights, segment, at, numel, num_rows, False, DTYPE, ALIGNED)
             else:
                 _combine(weights, segment, at, numel, num_rows, True, DTYPE, ALIGNED)
+
+
+# ---- the weight of a linear layer ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_tile(columns, rows, stride, inside, num_rows, RUN: tl.constexpr, ALIGNED: tl.constexpr):
+    """Rows of a matrix by pointers to where its columns begin; zeros outside. ``RUN`` columns lie side by side."""
+    at = columns + rows.to(tl.int64) * stride
+    if ALIGNED:
+        at = tl.max_contiguous(tl.multiple_of(at, [1, 16]), [1, RUN])
+    return tl.load(at, mask=inside & (rows < num_rows), other=0.0)
+
+
+@triton.jit
+def _add_rows(x, y, owed, DTYPE: tl.constexpr, AS_FLOAT32: tl.constexpr):
+    """``xᵀ y + owed``, where ``owed`` is small beside the products.
+
+    A float32 is split into two TF32 halves, of which the product of the smaller ones is left out. bfloat16 and float16
+    are multiplied as they are, but in the interpreter, which cannot.
+    """
+    if DTYPE.primitive_bitwidth == 32:
+        x_high = _high(x)
+        y_high = _high(y)
+        products = tl.dot(tl.trans(_high(x - x_high)), y_high, owed, input_precision="tf32")
+        products = tl.dot(tl.trans(x_high), _high(y - y_high), products, input_precision="tf32")
+        products = tl.dot(tl.trans(x_high), y_high, products, input_precision="tf32")
+    elif AS_FLOAT32:
+        products = tl.dot(tl.trans(x.to(tl.float32)), y.to(tl.float32), owed, input_precision="tf32")
+    else:
+        products = tl.dot(tl.trans(x), y, owed)
+    return products
+
+
+@triton.jit
+def _linear_tile(
+    table,
+    inputs,
+    num_rows,
+    fan_in,
+    fan_out,
+    input_stride,
+    cotangent_stride,
+    first_output,
+    first_input,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    AS_FLOAT32: tl.constexpr,
+    TASKS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """A tile of all tasks' gradients, float32 [TASKS * OUTPUTS, INPUTS].
+
+    Tensor cores cut bits off when they add, so they add up ``ROWS`` rows only, and what is lost where those sums are
+    added is owed to the next: the error does not grow with the number of rows.
+    """
+    side = tl.arange(0, TASKS * OUTPUTS)[None, :]
+    address = tl.load(table + side // OUTPUTS)
+    output = first_output + side % OUTPUTS
+    feature = first_input + tl.arange(0, INPUTS)[None, :]
+    cotangents = address.to(tl.pointer_type(DTYPE)) + output
+    has_output = (address != 0) & (output < fan_out)
+    total = tl.zeros([TASKS * OUTPUTS, INPUTS], tl.float32)
+    owed = tl.zeros([TASKS * OUTPUTS, INPUTS], tl.float32)
+    for first_row in range(0, num_rows, ROWS):
+        rows = first_row + tl.arange(0, ROWS)[:, None]
+        x = _load_tile(cotangents, rows, cotangent_stride, has_output, num_rows, OUTPUTS, ALIGNED)
+        y = _load_tile(inputs + feature, rows, input_stride, feature < fan_in, num_rows, INPUTS, ALIGNED)
+        due = _add_rows(x, y, owed, DTYPE, AS_FLOAT32)
+        before = total
+        total = before + due
+        owed = due - (total - before)
+    return total
+
+
+@triton.jit
+def _by_task(tile, TASKS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr):
+    """The tasks' own tiles, each [OUTPUTS, INPUTS], of a tile [TASKS * OUTPUTS, INPUTS]: halves of halves."""
+    LEVELS: tl.constexpr = TASKS.bit_length() - 1
+    parts = (tl.permute(tl.reshape(tile, [TASKS, OUTPUTS, INPUTS]), [1, 2, 0]),)
+    for level in tl.static_range(LEVELS):
+        halves = ()
+        for k in tl.static_range(2**level):
+            both = tl.reshape(parts[k], [OUTPUTS, INPUTS, 2, TASKS // 2 ** (level + 1)])
+            halves += tl.split(tl.permute(both, [0, 1, 3, 2]))
+        parts = halves
+    tiles = ()
+    for t in tl.static_range(TASKS):
+        tiles += (tl.reshape(parts[t], [OUTPUTS, INPUTS]),)
+    return tiles
+
+
+@triton.autotune(
+    [triton.Config({}, num_warps=8, num_stages=stages) for stages in (3, 2)][: 1 if _INTERPRETED else 2],
+    key=["DTYPE", "ALIGNED", "TASKS", "COMBINE"],
+)
+@triton.jit
+def linear_kernel(
+    table,
+    inputs,
+    weights,
+    combined,
+    partial,
+    num_rows,
+    fan_in,
+    fan_out,
+    input_stride,
+    cotangent_stride,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    AS_FLOAT32: tl.constexpr,
+    TASKS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COMBINE: tl.constexpr,
+):
+    """Store the products of all pairs of tasks over the tiles of slot ``program_id(0)`` in ``partial`` [slots, T, T].
+
+    A tile is ``OUTPUTS`` by ``INPUTS`` entries of the weight. ``table`` [TASKS] has the addresses of the cotangents,
+    0 for zeros. With ``COMBINE``, the weighted gradient is written to ``combined`` [fan_out, fan_in].
+    """
+    across = tl.cdiv(fan_in, INPUTS)
+    tiles = tl.cdiv(fan_out, OUTPUTS) * across
+    begin = tl.program_id(0).to(tl.int64) * tiles // tl.num_programs(0)
+    end = (tl.program_id(0).to(tl.int64) + 1) * tiles // tl.num_programs(0)
+    pair = tl.arange(0, TASKS * TASKS)
+    sums = tl.zeros([TASKS * TASKS], tl.float64)
+    for tile in range(begin.to(tl.int32), end.to(tl.int32)):
+        first_output = tile // across * OUTPUTS
+        first_input = tile % across * INPUTS
+        together = _linear_tile(
+            table,
+            inputs,
+            num_rows,
+            fan_in,
+            fan_out,
+            input_stride,
+            cotangent_stride,
+            first_output,
+            first_input,
+            DTYPE,
+            ALIGNED,
+            AS_FLOAT32,
+            TASKS,
+            OUTPUTS,
+            INPUTS,
+            ROWS,
+        )
+        grads = _by_task(together, TASKS, OUTPUTS, INPUTS)
+        if COMBINE:
+            total = tl.zeros([OUTPUTS, INPUTS], tl.float32)
+            for t in tl.static_range(TASKS):
+                total += tl.load(weights + t).to(tl.float32) * grads[t]
+            output = first_output + tl.arange(0, OUTPUTS)[:, None]
+            feature = first_input + tl.arange(0, INPUTS)[None, :]
+            at = combined + output.to(tl.int64) * fan_in + feature
+            tl.store(at, total.to(DTYPE), mask=(output < fan_out) & (feature < fan_in))
+        for i in tl.static_range(TASKS):
+            for j in tl.static_range(i, TASKS):
+                products = grads[i].to(tl.float64) * grads[j].to(tl.float64)
+                of_pair = tl.sum(tl.reshape(products, [OUTPUTS * INPUTS], can_reorder=True), axis=0)
+                sums += tl.where((pair == i * TASKS + j) | (pair == j * TASKS + i), of_pair, 0.0)
+    tl.store(partial + tl.program_id(0) * (TASKS * TASKS) + pair, sums)
