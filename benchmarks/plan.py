@@ -42,6 +42,14 @@ def gram_flops(grads: list[torch.Size], num_tasks: int, *_: Any, **__: Any) -> i
     return num_tasks * (num_tasks + 1) * entries
 
 
+def linear_gram_flops(inputs: torch.Size, cotangents: list[torch.Size], *_: Any, **__: Any) -> int:
+    """The same of ``linear_gram``, which forms the gradients."""
+    gradient = torch.Size((cotangents[0][1], inputs[1]))
+    return 2 * len(cotangents) * inputs[0] * gradient.numel() + gram_flops(
+        [gradient] * len(cotangents), len(cotangents)
+    )
+
+
 def peak_of_tensors(seen: profile) -> int:
     """Most bytes that the tensors made under the profiler have taken at once."""
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +84,8 @@ def follow_plan(model: str, num_tasks: int, share: float, _: Callable[[str], Non
     grown = peak_mebibytes() - base
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         gradstats.from_losses(losses, case.parameters, max_bytes=budget, retain_graph=True)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.gradstats.gram: gram_flops}) as counter:
+    flops = {torch.ops.gradstats.gram: gram_flops, torch.ops.gradstats.linear_gram: linear_gram_flops}
+    with FlopCounterMode(display=False, custom_mapping=flops) as counter:
         gradstats.from_losses(losses, case.parameters, max_bytes=budget)
     return {
         "mebibytes": {"predicted": plan.bytes / 2**20, "tensors": peak_of_tensors(seen) / 2**20, "process": grown},

@@ -231,9 +231,22 @@ def test_layers_on_more_rows_than_their_fan_in(method: str) -> None:
     check(model, losses, method, list(model.trunk.parameters()))
 
 
-def test_gradients_enter_a_segment_at_its_last_layer_and_beside_a_residual_connection() -> None:
-    trunk = Tokens()
+class Gated(nn.Linear):
+    """Uses its output twice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[*, i]`` to ``[*, o]``."""
+        x = super().forward(x)
+        return x + torch.relu(x)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "entered"), [(Tokens(), {"last.weight", "down.weight"}), (Gated(96, 150, bias=False), set())]
+)
+def test_gradients_enter_a_segment_at_its_last_layer_and_beside_a_residual_connection(
+    trunk: nn.Module, entered: set[str]
+) -> None:
     losses = Heads(trunk, 150, torch.randn(4, 60, 96))()
     job = _make_job(list(losses.values()), trunk, None, None, None, None)
     facts = {leaf.name: leaf.enters for part in route(job, batched=False)[0].facts for leaf in part.leaves}
-    assert {name for name, enters in facts.items() if enters} == {"last.weight", "down.weight"}
+    assert {name for name, enters in facts.items() if enters} == entered
