@@ -34,6 +34,7 @@ gpu: $(VENV)/.with-test  ## Test, sanitize and time on a GPU, with a CUDA torch 
 	    --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_gpu.py -k test_small; done; \
 	else echo "no compute-sanitizer here: accesses out of bounds and races not looked for"; fi
 	$(BIN)/python benchmarks/pairwise.py --device cuda
+	$(BIN)/python benchmarks/linear.py --device cuda --out benchmarks/results/linear_cuda.json
 
 cuda-check: $(VENV)/.with-test  ## Check what nvcc makes of the CUDA kernels, without a GPU
 	$(BIN)/python csrc/check_cuda.py

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import collect
 import handover
+import linear
 import plan
 import pytest
 import render
@@ -93,6 +94,17 @@ def test_plans_predict_what_collections_take(share):
 def test_a_budget_bounds_what_tensors_take(model):
     sizes = plan.follow_plan(model, 8, 0.9, print)["mebibytes"]
     assert sizes["tensors"] <= 1.02 * sizes["predicted"]
+
+
+def test_linear_layers_are_timed_with_the_same_result(tmp_path):
+    out = tmp_path / "linear.json"
+    linear.main(["--layers", "30x20x10", "--tasks", "3", "--device", "cpu", "--seconds", "0", "--out", str(out)])
+    single, half = json.loads(out.read_text())["records"]
+    assert (single["layer"], single["tasks"], single["dtype"], half["dtype"]) == ("30x20x10", 3, "float32", "bfloat16")
+    for way in single["ways"].values():
+        assert way["milliseconds"] > 0
+        assert way["error"] < 1e-6
+    assert half["ways"][linear.FUSED]["error"] < 1e-6
 
 
 @pytest.mark.parametrize("name", ["uw", "dwa", "gls", "famo", "imtl_l"])  # the others differ in scale or at random
