@@ -150,6 +150,15 @@ def test_a_tight_budget_costs_passes_not_memory() -> None:
         make_plan([HEADS, segment(*leaves)], max_bytes=1000)
 
 
+def test_under_a_tight_budget_gradients_are_formed_one_by_one_rather_than_all_cotangents_kept() -> None:
+    facts = [HEADS, segment(layer(256, 256, 256), layer(256, 256, 256), width=1)]
+    plan = make_plan(facts)
+    assert plan.steps[1].factored == {0, 1}
+    tight = make_plan(facts, max_bytes=int(0.6 * plan.bytes))
+    assert tight.steps[1].factored == set()
+    assert len(tight.steps[1].passes) == 2
+
+
 # ---- in a collection -------------------------------------------------------------------------------------------------
 
 

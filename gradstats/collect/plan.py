@@ -228,7 +228,9 @@ def _lean_step(facts: SegmentFacts, batched: bool | None, may_factor: bool, max_
         step = Step(1, False, factored, (formed,), facts)
     if step.bytes <= max_bytes:
         return step
-    return Step(1, step.batched, factored, _in_passes(facts, formed, max_bytes - step.bytes), facts)
+    # Cotangents wait through all passes, so that forming these gradients as well, in a pass of theirs, may need less.
+    unfactored = replace(step, factored=frozenset(), passes=(tuple(range(len(facts.leaves))),))
+    return min((_in_passes(way, max_bytes) for way in (step, unfactored)), key=lambda way: way.bytes)
 
 
 def _fast_step(step: Step, max_bytes: int) -> Step:
@@ -242,19 +244,20 @@ def _fast_step(step: Step, max_bytes: int) -> Step:
     return step
 
 
-def _in_passes(facts: SegmentFacts, formed: Sequence[int], over: int) -> tuple[tuple[int, ...], ...]:
-    """Groups of leaves, largest first, each as large as fits, or of one leaf."""
-    room = sum(_formed_bytes(facts.leaves[k]) for k in formed) + over // facts.tasks
+def _in_passes(step: Step, max_bytes: int) -> Step:
+    """The step with its formed leaves in groups, largest first, each as large as fits, or of one leaf."""
+    facts, (formed,) = step.facts, step.passes
+    sizes = {k: _formed_bytes(facts.leaves[k]) for k in formed}
+    room = sum(sizes.values()) + (max_bytes - step.bytes) // facts.tasks
     groups: list[list[int]] = []
     left = 0
-    for k in sorted(formed, key=lambda k: -_formed_bytes(facts.leaves[k])):
-        size = _formed_bytes(facts.leaves[k])
-        if not groups or size > left:
+    for k in sorted(formed, key=lambda k: -sizes[k]):
+        if not groups or sizes[k] > left:
             groups.append([])
             left = room
         groups[-1].append(k)
-        left -= size
-    return tuple(tuple(group) for group in groups) or ((),)
+        left -= sizes[k]
+    return replace(step, passes=tuple(tuple(group) for group in groups) or ((),))
 
 
 def _joint_step(upper: Step, lower: Step) -> Step | None:
