@@ -515,17 +515,8 @@ def combine_kernel(
 
 
 @triton.jit
-def _load_tile(columns, rows, stride, inside, num_rows, RUN: tl.constexpr, ALIGNED: tl.constexpr):
-    """Rows of a matrix by pointers to where its columns begin; zeros outside. ``RUN`` columns lie side by side."""
-    at = columns + rows.to(tl.int64) * stride
-    if ALIGNED:
-        at = tl.max_contiguous(tl.multiple_of(at, [1, 16]), [1, RUN])
-    return tl.load(at, mask=inside & (rows < num_rows), other=0.0)
-
-
-@triton.jit
 def _add_rows(x, y, owed, DTYPE: tl.constexpr, AS_FLOAT32: tl.constexpr):
-    """``xᵀ y + owed``, where ``owed`` is small beside the products.
+    """``x y + owed``, where ``owed`` is small beside the products.
 
     A float32 is split into two TF32 halves, of which the product of the smaller ones is left out. bfloat16 and float16
     are multiplied as they are, but in the interpreter, which cannot.
@@ -533,13 +524,13 @@ def _add_rows(x, y, owed, DTYPE: tl.constexpr, AS_FLOAT32: tl.constexpr):
     if DTYPE.primitive_bitwidth == 32:
         x_high = _high(x)
         y_high = _high(y)
-        products = tl.dot(tl.trans(_high(x - x_high)), y_high, owed, input_precision="tf32")
-        products = tl.dot(tl.trans(x_high), _high(y - y_high), products, input_precision="tf32")
-        products = tl.dot(tl.trans(x_high), y_high, products, input_precision="tf32")
+        products = tl.dot(_high(x - x_high), y_high, owed, input_precision="tf32")
+        products = tl.dot(x_high, _high(y - y_high), products, input_precision="tf32")
+        products = tl.dot(x_high, y_high, products, input_precision="tf32")
     elif AS_FLOAT32:
-        products = tl.dot(tl.trans(x.to(tl.float32)), y.to(tl.float32), owed, input_precision="tf32")
+        products = tl.dot(x.to(tl.float32), y.to(tl.float32), owed, input_precision="tf32")
     else:
-        products = tl.dot(tl.trans(x), y, owed)
+        products = tl.dot(x, y, owed)
     return products
 
 
@@ -567,7 +558,7 @@ def _linear_tile(
     Tensor cores cut bits off when they add, so they add up ``ROWS`` rows only, and what is lost where those sums are
     added is owed to the next: the error does not grow with the number of rows.
     """
-    side = tl.arange(0, TASKS * OUTPUTS)[None, :]
+    side = tl.arange(0, TASKS * OUTPUTS)[:, None]
     address = tl.load(table + side // OUTPUTS)
     output = first_output + side % OUTPUTS
     feature = first_input + tl.arange(0, INPUTS)[None, :]
@@ -576,9 +567,14 @@ def _linear_tile(
     total = tl.zeros([TASKS * OUTPUTS, INPUTS], tl.float32)
     owed = tl.zeros([TASKS * OUTPUTS, INPUTS], tl.float32)
     for first_row in range(0, num_rows, ROWS):
-        rows = first_row + tl.arange(0, ROWS)[:, None]
-        x = _load_tile(cotangents, rows, cotangent_stride, has_output, num_rows, OUTPUTS, ALIGNED)
-        y = _load_tile(inputs + feature, rows, input_stride, feature < fan_in, num_rows, INPUTS, ALIGNED)
+        rows = first_row + tl.arange(0, ROWS)
+        x_at = cotangents + rows[None, :].to(tl.int64) * cotangent_stride
+        y_at = inputs + rows[:, None].to(tl.int64) * input_stride + feature
+        if ALIGNED:
+            x_at = tl.max_contiguous(tl.multiple_of(x_at, [16, 1]), [OUTPUTS, 1])
+            y_at = tl.max_contiguous(tl.multiple_of(y_at, [1, 16]), [1, INPUTS])
+        x = tl.load(x_at, mask=has_output & (rows < num_rows)[None, :], other=0.0)
+        y = tl.load(y_at, mask=(feature < fan_in) & (rows < num_rows)[:, None], other=0.0)
         due = _add_rows(x, y, owed, DTYPE, AS_FLOAT32)
         before = total
         total = before + due
