@@ -390,8 +390,9 @@ class TestLinearLayers:
         ("inputs", "cotangents", "weights", "message"),
         [
             (torch.ones(3, 2), [], torch.ones(1), "expected inputs .N, k., and cotangents"),
-            (torch.ones(3, 2), [torch.ones(4, 2)], torch.ones(1), "expected inputs .N, k., and cotangents"),
-            (torch.ones(3, 2), [torch.ones(3, 2), torch.ones(3, 1)], torch.ones(2), "expected inputs .N, k."),
+            (torch.ones(3), [torch.ones(3, 2)], torch.ones(1), "expected inputs .N, k., and cotangents"),
+            (torch.ones(3, 2), [torch.ones(4, 2)], torch.ones(1), "expected cotangents .N, o. of one shape"),
+            (torch.ones(3, 2), [torch.ones(3, 2), torch.ones(3, 1)], torch.ones(2), "of one shape"),
             (torch.ones(3, 2), [torch.ones(3, 2)], torch.ones(1), "expected float64 weights of shape .1."),
         ],
     )
@@ -454,12 +455,13 @@ class TestOnGpu:
         assert all(torch.equal(a, b) for a, b in zip(combined, again, strict=True))
 
     @pytest.mark.parametrize("dtype", DTYPES[:3])
-    def test_linear_layers_give_the_same_bits_in_a_thousand_runs_and_in_a_cuda_graph(self, dtype: torch.dtype) -> None:
+    def test_linear_layers_give_the_same_bits_in_any_run_order_and_graph(self, dtype: torch.dtype) -> None:
         inputs, cotangents = layer(8, 500, 300, 200, dtype)
         inputs, cotangents = inputs.cuda(), [rows.cuda() for rows in cotangents]
         gram = triton_linear.linear_gram(inputs, cotangents)
         runs = torch.stack([triton_linear.linear_gram(inputs, cotangents) for _ in range(1000)])
         assert torch.equal(runs, gram.expand_as(runs))
+        assert torch.equal(triton_linear.linear_gram(inputs, cotangents[::-1]), gram.flip(0, 1))
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

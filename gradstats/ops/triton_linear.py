@@ -43,12 +43,13 @@ def linear_gram_combine(inputs: Tensor, cotangents: Sequence[Tensor], weights: T
 
 def _is_fit(inputs: Tensor, cotangents: Sequence[Tensor]) -> bool:
     """Whether the kernel takes them. Checks what keeps a direct call of the operator from reading out of bounds."""
-    if not cotangents or any(
-        x.ndim != 2 or x.shape != (len(inputs), cotangents[0].shape[1]) or x.device != inputs.device for x in cotangents
-    ):
+    if not cotangents or any(x.ndim != 2 or x.device != inputs.device for x in (inputs, *cotangents)):
         raise ValueError("gradstats: expected inputs [N, k], and cotangents [N, o] of each task on the same device")
+    first = cotangents[0]
+    if any(x.shape != (len(inputs), first.shape[1]) for x in cotangents):
+        raise ValueError("gradstats: expected cotangents [N, o] of one shape for inputs [N, k]")
     alike = inputs.dtype in _ROWS and all(x.dtype == inputs.dtype for x in cotangents)
-    return len(cotangents) <= _MAX_TASKS and alike and inputs.numel() > 0 and cotangents[0].numel() > 0
+    return len(cotangents) <= _MAX_TASKS and alike and inputs.numel() > 0 and first.numel() > 0
 
 
 def tiling(num_tasks: int, dtype: torch.dtype) -> dict[str, int]:
