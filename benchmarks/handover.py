@@ -40,7 +40,7 @@ BATCH = 64
 PILOT_SEED = 1000
 #: Optimizers and the learning rates to choose from; those of SGD span what the ways' different scales ask for.
 OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], list[float]]] = {
-    "SGD": (lambda parameters, lr: SGD(parameters, lr, momentum=0.9), [10 ** (k / 2) for k in range(-11, -2)]),
+    "SGD": (lambda parameters, lr: SGD(parameters, lr, momentum=0.9), [10 ** (k / 2) for k in range(-13, -2)]),
     "Adam": (Adam, [3e-3, 1e-2, 3e-2]),
     "AdamW": (AdamW, [3e-3, 1e-2, 3e-2]),
 }
@@ -100,16 +100,15 @@ class Way:
 
     Attributes:
         title: For tables.
-        weights: ``"uniform"``, ``"ideal"`` (the inverse factors), ``"autoscale"``, or ``"found"``: those that AutoScale
-            has found, from the start.
+        weights: ``"uniform"``, ``"ideal"`` (the inverse factors) or ``"autoscale"``.
         normalize: As for AutoScale.
         hand_over: What becomes of the optimizer's state when the weights change.
         when: Whether at every change, or only at the end of AutoScale's first phase.
     """
 
     title: str
-    weights: Literal["uniform", "ideal", "autoscale", "found"] = "autoscale"
-    normalize: Literal["gradient", "sum"] = "gradient"
+    weights: Literal["uniform", "ideal", "autoscale"] = "autoscale"
+    normalize: Literal["gradient", "loss", "sum"] = "gradient"
     hand_over: Callable[[Optimizer, Network, Change], None] | None = None
     when: Literal["every change", "end"] = "every change"
 
@@ -140,91 +139,79 @@ def multiply(optimizer: Optimizer, module: nn.Module, ratio: float) -> None:
                 value.mul_(ratio**2 if name == "exp_avg_sq" else ratio)
 
 
-UNIFORM, IDEAL = Way("uniform", "uniform"), Way("ideal fixed weights", "ideal")
-DEFAULT = Way("gradient norm kept")
 WAYS = [
-    UNIFORM,
-    IDEAL,
+    Way("uniform", "uniform"),
+    Way("ideal fixed weights", "ideal"),
     Way("sum(w) = T", normalize="sum"),
     Way("sum(w) = T, state cleared at the end of phase 1", normalize="sum", hand_over=clear, when="end"),
     Way("sum(w) = T, state cleared at every change", normalize="sum", hand_over=clear),
     Way("sum(w) = T, moments rescaled", normalize="sum", hand_over=rescale),
-    DEFAULT,
+    Way("gradient norm kept"),
     Way("gradient norm kept, state cleared at every change", hand_over=clear),
     Way("gradient norm kept, moments of heads rescaled", hand_over=rescale_heads),
-    Way("weights found, from the start", "found"),
+    Way("weighted sum of losses kept", normalize="loss"),
+    Way("weighted sum of losses kept, moments rescaled", normalize="loss", hand_over=rescale),
 ]
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Trainings:
-    """Trainings by one optimizer.
+def train(
+    data: OverlaidDigits, way: Way, make_optimizer: Callable[..., Optimizer], *, lr: float, steps: int, seed: int
+) -> Network:
+    """A training, from which the network comes."""
+    scalarizer = make_scalarizer(way, steps)
+    torch.manual_seed(seed)
+    network = Network()
+    optimizer = make_optimizer(network.parameters(), lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        old = scalarizer.weights
+        loss = scalarizer(losses(network, data[torch.randint(len(data), (BATCH,))]))
+        if not loss.isfinite():
+            break  # the learning rate is too high
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        changed = not torch.equal(old, scalarizer.weights)
+        due = changed and (way.when == "every change" or not scalarizer.weighting.needs)
+        if due and way.hand_over is not None and scalarizer.stats is not None:
+            way.hand_over(optimizer, network, Change(old, scalarizer.weights, scalarizer.stats.gram))
+    return network
 
-    Attributes:
-        data: The splits.
-        make_optimizer: From parameters and learning rate.
-        steps: Of each training.
-        found: For each seed the weights that AutoScale ended with, in the default way.
-    """
 
-    data: dict[str, OverlaidDigits]
-    make_optimizer: Callable[..., Optimizer]
-    steps: int
-    found: dict[int, list[float]]
+def make_scalarizer(way: Way, steps: int) -> gradstats.Scalarizer:
+    """That of a training of so many steps."""
+    if way.weights == "autoscale":
+        return gradstats.Scalarizer("autoscale", tasks=TASKS, total_steps=steps, normalize=way.normalize)
+    weights = {task: 1.0 if way.weights == "uniform" else 1 / factor for task, factor in FACTORS.items()}
+    return gradstats.Scalarizer("fixed", tasks=TASKS, weights=weights)
 
-    def train(self, way: Way, lr: float, seed: int) -> Network:
-        """A training, from which the network comes."""
-        scalarizer = self._scalarizer(way, seed)
-        torch.manual_seed(seed)
-        network = Network()
-        optimizer = self.make_optimizer(network.parameters(), lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        data = self.data["train"]
-        for _ in range(self.steps):
-            old = scalarizer.weights
-            loss = scalarizer(losses(network, data[torch.randint(len(data), (BATCH,))]))
-            if not loss.isfinite():
-                break  # the learning rate is too high
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            changed = not torch.equal(old, scalarizer.weights)
-            due = changed and (way.when == "every change" or not scalarizer.weighting.needs)
-            if due and way.hand_over is not None and scalarizer.stats is not None:
-                way.hand_over(optimizer, network, Change(old, scalarizer.weights, scalarizer.stats.gram))
-        if way is DEFAULT:
-            self.found[seed] = scalarizer.weights.tolist()
-        return network
 
-    def _scalarizer(self, way: Way, seed: int) -> gradstats.Scalarizer:
-        if way.weights == "uniform":
-            return gradstats.Scalarizer("uniform", tasks=TASKS)
-        if way.weights == "autoscale":
-            return gradstats.Scalarizer("autoscale", tasks=TASKS, total_steps=self.steps, normalize=way.normalize)
-        weights = self.found[seed] if way.weights == "found" else [1 / factor for factor in FACTORS.values()]
-        return gradstats.Scalarizer("fixed", tasks=TASKS, weights=weights)
+def score(found: dict[str, float]) -> float:
+    """What the best learning rate minimises: the mean logarithm of the errors."""
+    logs = [math.log(max(error, 1e-6)) for error in found.values()]
+    return math.fsum(logs) if all(map(math.isfinite, logs)) else math.inf
 
-    def best_lr(self, way: Way, lrs: list[float]) -> float:
-        """The learning rate of the best validation score: the mean logarithm of the errors."""
 
-        def score(lr: float) -> float:
-            logs = [math.log(error) for error in errors(self.train(way, lr, PILOT_SEED), self.data["valid"]).values()]
-            return math.fsum(logs) if all(map(math.isfinite, logs)) else math.inf
+def compare(data: dict[str, OverlaidDigits], way: Way, optimizer: str, steps: int, seeds: int) -> dict[str, Any]:
+    """The record of a way with an optimizer: its learning rate, and the errors of each seed."""
+    make_optimizer, lrs = OPTIMIZERS[optimizer]
 
-        best = min(lrs, key=score)
-        if way is DEFAULT:
-            self.train(way, best, PILOT_SEED)  # so that the weights found are those at this rate
-        return best
+    def errors_of(lr: float, seed: int, split: str) -> dict[str, float]:
+        return errors(train(data["train"], way, make_optimizer, lr=lr, steps=steps, seed=seed), data[split])
+
+    lr = min(lrs, key=lambda lr: score(errors_of(lr, PILOT_SEED, "valid")))
+    found = [errors_of(lr, seed, "test") for seed in range(seeds)]
+    return {"optimizer": optimizer, "way": way.title, "lr": lr, "errors": found}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results; what it has is not repeated")
     parser.add_argument("--steps", type=int, default=1000, help="steps of each training (1000)")
     parser.add_argument("--seeds", type=int, default=5, help="trainings of each kind (5)")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
@@ -232,15 +219,14 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     logging.getLogger("gradstats").setLevel(logging.ERROR)  # too high learning rates are tried, too
     results: dict[str, Any] = {"machine": describe(), "steps": options.steps, "records": []}
+    if options.out.exists():
+        results = json.loads(options.out.read_text())
+    done = [(record["optimizer"], record["way"]) for record in results["records"]]
+    missing = [(o, way) for o in options.optimizers for way in WAYS if (o, way.title) not in done]
     data = overlaid_digits()
-    for name in options.optimizers:
-        make_optimizer, lrs = OPTIMIZERS[name]
-        trainings = Trainings(data, make_optimizer, options.steps, {})
-        for way in track(WAYS, description=name):
-            lr = trainings.best_lr(way, lrs)
-            found = [errors(trainings.train(way, lr, seed), data["test"]) for seed in range(options.seeds)]
-            results["records"].append({"optimizer": name, "way": way.title, "lr": lr, "errors": found})
-            write_file(options.out, json.dumps(results, indent=1) + "\n")
+    for optimizer, way in track(missing, description="ways"):
+        results["records"].append(compare(data, way, optimizer, options.steps, options.seeds))
+        write_file(options.out, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What AutoScale is for: real tasks of very different loss scale, trained with AdamW, against ideal fixed weights."""
+"""What AutoScale is for: real tasks of very different loss scale, against ideal fixed and against uniform weights."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,11 @@ def digits():
     return torch.tensor(images / 16 - 0.3).float(), {k: torch.tensor(v).float() for k, v in labels.items()}
 
 
-def train(digits, scalarizer: Scalarizer, seed: int) -> float:
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=3e-3)
+
+
+def train(digits, scalarizer: Scalarizer, seed: int, make_optimizer=adamw) -> float:
     """Mean test error over the four tasks of a small shared network, in percent."""
     images, labels = digits
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1000 + seed))
@@ -34,7 +38,7 @@ def train(digits, scalarizer: Scalarizer, seed: int) -> float:
     torch.manual_seed(seed)
     trunk = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
     heads = nn.ModuleDict({task: nn.Linear(64, 1) for task in SCALES})
-    optimizer = torch.optim.AdamW([*trunk.parameters(), *heads.parameters()], lr=3e-3)
+    optimizer = make_optimizer([*trunk.parameters(), *heads.parameters()])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
         batch = rows[torch.randint(len(rows), (64,))]
@@ -85,6 +89,17 @@ def test_the_result_is_that_of_ideal_fixed_weights(outcomes):
     assert difference.mean() <= half_width, errors
     # And that is worth having: without weights the result is several times worse.
     assert errors["autoscale"].mean() < errors["uniform"].mean() / 2, errors
+
+
+def test_sgd_keeps_the_learning_rate_that_suits_uniform_weights(digits, one_thread):
+    """SGD has no second moments to make up for the scale of the objective, so that is what should not change."""
+
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, lr=3e-4, momentum=0.9)
+
+    for seed in range(2):
+        uniform = train(digits, Scalarizer("uniform", tasks=list(SCALES)), seed, sgd)
+        assert train(digits, autoscale(normalize="loss"), seed, sgd) < uniform / 2
 
 
 @pytest.mark.parametrize("cost", ["condition", "loss"])

@@ -204,7 +204,7 @@ def test_condition_cost_of_two_tasks_is_equal_magnitude():
         [[0.0, 0.0], [0.0, 0.0]],
     ],
 )
-@pytest.mark.parametrize("normalize", ["sum", "gradient"])
+@pytest.mark.parametrize("normalize", ["sum", "gradient", "loss"])
 def test_degenerate_gradients_give_finite_positive_weights(cost, jacobian, normalize):
     weighting = AutoScale(2, 100, cost=cost, normalize=normalize)
     for _ in range(20):
@@ -324,15 +324,18 @@ def test_a_step_that_could_not_be_recorded_is_made_up_for(caplog):
     assert "could be recorded" in caplog.text
 
 
-def test_gradient_normalisation_keeps_the_aggregated_norm():
+@pytest.mark.parametrize("normalize", ["gradient", "loss"])
+def test_what_normalisation_keeps(normalize):
+    """The weighted sum of the losses, or the norm of the aggregated gradient, over the recorded steps of a window."""
     scales = torch.tensor([1.0, 10.0, 1000.0], dtype=torch.float64)
-    weighting = AutoScale(3, 500, windows=4, samples_per_window=5)
+    weighting = AutoScale(3, 500, windows=4, samples_per_window=5, normalize=normalize)
     record = run(weighting, 120, scales=scales)
     for window in range(4):
-        rows = record[25 * window : 25 * (window + 1)]
-        gram = torch.stack([r["gram"] for r in rows if r["gram"] is not None]).mean(0)
+        rows = [r for r in record[25 * window : 25 * (window + 1)] if r["gram"] is not None]
+        gram, losses = (torch.stack([r[what] for r in rows]).mean(0) for what in ("gram", "losses"))
         before, after = rows[0]["weights"], record[25 * (window + 1)]["weights"]
-        assert float(after @ gram @ after) == pytest.approx(float(before @ gram @ before), rel=1e-9)
+        sizes = [float(w @ losses if normalize == "loss" else w @ gram @ w) for w in (before, after)]
+        assert sizes[1] == pytest.approx(sizes[0], rel=1e-9)
     plain = AutoScale(3, 500, windows=4, samples_per_window=5, normalize="sum")
     run(plain, 120, scales=scales)
     np.testing.assert_allclose(shares(plain.weights), shares(weighting.weights), atol=1e-9)
@@ -407,7 +410,7 @@ def test_state_of_another_weighting_is_refused():
         ({"total_steps": 10, "samples_per_window": 1.5}, "samples_per_window"),
         ({"total_steps": 10, "cost": "gms"}, "cost: expected one of magnitude, condition, loss"),
         ({"total_steps": 10, "predictor": "quadratic"}, "predictor: expected one of linear"),
-        ({"total_steps": 10, "normalize": "none"}, "normalize: expected one of gradient, sum"),
+        ({"total_steps": 10, "normalize": "none"}, "normalize: expected one of gradient, loss, sum"),
     ],
 )
 def test_autoscale_refuses(options, message):

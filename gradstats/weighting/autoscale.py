@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 Cost = Literal["magnitude", "condition", "loss"]
 Predictor = Literal["linear", "last", "mean", "ema", "exponential"]
-Normalize = Literal["gradient", "sum"]
+Normalize = Literal["gradient", "loss", "sum"]
 Schedule = Literal["even", "random"]
 
 _EMA_BETA = 0.9
@@ -90,7 +90,9 @@ class AutoScale(Weighting):
     * ``normalize="gradient"`` scales every new vector so that the mean square of the aggregated gradient, ``wᵀ G w``
       over the samples of the window just recorded, does not change. Adam's second moments remember old gradient scales
       for thousands of steps, so with badly scaled tasks a jump ruins the training that the weights should help.
-      ``"sum"`` is ``sum(w) = T``.
+      ``"loss"`` keeps the mean of ``Σ w_i |L_i|`` instead, for SGD at a learning rate that suits the plain sum: where a
+      task that dominated is learned first, a gradient as long as its small one makes a much larger objective, and SGD
+      diverges. ``"sum"`` is ``sum(w) = T``.
 
     Gramians that are estimates (``stats.standard_error`` is not None, as with ``method="sketch"`` and
     ``unbiased=True``) are averaged over the window before anything is derived from them, so that ``"magnitude"`` takes
@@ -148,12 +150,13 @@ class AutoScale(Weighting):
         "_reports",
         "_window_weights",
         "_window_gram",
-        "_window_square",
+        "_window_losses",
+        "_window_size",
         "_num_samples",
         "_num_estimates",
         "_grams",
         "_losses",
-        "_squares",
+        "_sizes",
     )
 
     def __init__(
@@ -208,12 +211,13 @@ class AutoScale(Weighting):
         self._reports = zeros(self.windows, len(fields(WindowReport)))
         self._window_weights = zeros(self.windows, num_tasks)
         self._window_gram = zeros(num_tasks, num_tasks)  # means over the last window with samples
-        self._window_square = zeros(())
+        self._window_losses = zeros(num_tasks)
+        self._window_size = zeros(())
         self._num_samples = 0
         self._num_estimates = 0  # samples whose Gramian is one
         self._grams = zeros(samples_per_window, num_tasks, num_tasks)
         self._losses = zeros(samples_per_window, num_tasks)
-        self._squares = zeros(samples_per_window)  # of the norm of the aggregated gradient
+        self._sizes = zeros(samples_per_window)  # of what ``normalize`` keeps
 
     @property
     def window_weights(self) -> Tensor:
@@ -244,7 +248,7 @@ class AutoScale(Weighting):
     def _records(self) -> frozenset[str]:
         """What the samples of windows consist of."""
         gramian = self.cost != "loss" or self.normalize == "gradient"
-        losses = self.cost == "loss"
+        losses = self.cost == "loss" or self.normalize == "loss"
         return frozenset({"gramian"} if gramian else ()) | frozenset({"losses"} if losses else ())
 
     def wants_stats(self) -> bool:
@@ -294,7 +298,7 @@ class AutoScale(Weighting):
         gram = torch.zeros_like(self._window_gram) if stats is None else stats.gram.detach().cpu()
         self._losses[self._num_samples] = losses.detach()
         self._grams[self._num_samples] = gram
-        self._squares[self._num_samples] = weights @ gram @ weights
+        self._sizes[self._num_samples] = self._size(weights, gram, self._losses[self._num_samples])
         self._num_estimates += stats is not None and stats.standard_error is not None
         self._num_samples += 1
 
@@ -302,7 +306,8 @@ class AutoScale(Weighting):
         count = self._num_samples
         if count:
             self._find(self._grams[:count], self._losses[:count])
-            self._window_gram, self._window_square = self._grams[:count].mean(0), self._squares[:count].mean()
+            self._window_gram, self._window_size = self._grams[:count].mean(0), self._sizes[:count].mean()
+            self._window_losses = _magnitudes(self._losses[:count]).mean(0)
             if self.explorer is None:
                 self.weights = self._scaled(self.window_weights[-1])
         else:
@@ -347,10 +352,17 @@ class AutoScale(Weighting):
 
     def _scaled(self, weights: Tensor) -> Tensor:
         """``weights`` on the scale of those that the last window's samples were taken with."""
-        before, after = self._window_square, weights @ self._window_gram @ weights
+        before, after = self._window_size, self._size(weights, self._window_gram, self._window_losses)
         if self.normalize == "sum" or not (before > 0 and after > 0):
             return weights
-        return weights * (before / after).sqrt()
+        ratio = before / after
+        return weights * (ratio if self.normalize == "loss" else ratio.sqrt())
+
+    def _size(self, weights: Tensor, gram: Tensor, losses: Tensor) -> Tensor:
+        """The weighted sum of the losses, or the square of the aggregated gradient's norm."""
+        if self.normalize == "loss":
+            return weights.abs() @ _magnitudes(losses)
+        return weights @ gram @ weights
 
 
 def _explorer(explore_with: str | Weighting | None, num_tasks: int) -> Weighting | None:
@@ -380,6 +392,11 @@ def mean_of_known(grams: Tensor) -> Tensor:
 def _known(grams: Tensor) -> Tensor:
     squares = grams.diagonal(dim1=1, dim2=2)
     return squares.isfinite() & (squares != 0)
+
+
+def _magnitudes(losses: Tensor) -> Tensor:
+    """Absolute values; 0 where there is no loss."""
+    return losses.abs().nan_to_num(0.0, posinf=0.0)
 
 
 def _usable(sizes: Tensor) -> Tensor:
