@@ -182,12 +182,14 @@ struct PatchGradients {
   void write_combined(const Patch& patch) const {
     const Matrix& to = layer.combined;
     Out* const out = static_cast<Out*>(const_cast<void*>(to.data)) + patch.output * to.row_stride + patch.input;
-    for_each_block(patch, [&](int64_t block, int64_t o, int64_t i) {
-      const Acc* const from = entries(sums) + num_tasks * row_entries + block * kBlockEntries<Acc>;
-      for (int64_t r = 0; r < std::min<int64_t>(kStrip, patch.outputs - o); ++r)
+    const int64_t strips = (patch.outputs + kStrip - 1) / kStrip;
+    for (int64_t o = 0; o < patch.outputs; ++o)
+      for (int64_t i = 0; i < patch.inputs; i += kPanel<Acc>) {
+        const int64_t block = i / kPanel<Acc> * strips + o / kStrip, row = block * kStrip + o % kStrip;
+        const Acc* const from = entries(sums) + num_tasks * row_entries + row * kPanel<Acc>;
         for (int64_t c = 0; c < std::min(kPanel<Acc>, patch.inputs - i); ++c)
-          round_to(out + (o + r) * to.row_stride + i + c, static_cast<Sum<Out>>(from[r * kPanel<Acc> + c]));
-    });
+          round_to(out + o * to.row_stride + i + c, static_cast<Sum<Out>>(from[c]));
+      }
   }
 };
 

@@ -432,8 +432,9 @@ def _products(inputs: Tensor, cotangents: list[Tensor], weights: Tensor | None) 
         gram = ops.linear_gram(triangle.mT, cotangents)
         if weights is None:
             return gram, None
-        (summed,) = ops.combine(cotangents, len(cotangents), weights)
-        return gram, summed.mT @ inputs
+        # As of a single task, which is faster than torch's product.
+        summed = ops.combine(cotangents, len(cotangents), weights)
+        return gram, ops.linear_gram_combine(inputs, summed, weights.new_ones(1))[1]
     if weights is None:
         return ops.linear_gram(inputs, cotangents), None
     return ops.linear_gram_combine(inputs, cotangents, weights)
