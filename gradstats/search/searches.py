@@ -154,6 +154,8 @@ def random_search(
 ) -> Found:
     """Train with each of ``samples`` weights drawn uniformly from the simplex ``sum(w) = T``.
 
+    Weights that differ a thousandfold are rare among them: bring losses of very different scale to one scale first.
+
     Args:
         make_trainer: As for :func:`population_based_training`, as are all others that are not listed here.
         tasks: Names of the tasks.
