@@ -107,7 +107,7 @@ struct NextPieces {
 
 // ---- patches --------------------------------------------------------------------------------------------------------
 
-// All tasks' gradients of one patch after the other: task by task block after block, whose rows are outputs.
+// The gradients of all tasks in one patch after another; those of a task lie in a row, block by block.
 template <class Acc>
 struct PatchGradients {
   const LinearLayer& layer;
@@ -134,16 +134,9 @@ struct PatchGradients {
     return walk;
   }
 
+  static int64_t num_strips(const Patch& patch) { return (patch.outputs + kStrip - 1) / kStrip; }
   static int64_t num_blocks(const Patch& patch) {
-    return (patch.outputs + kStrip - 1) / kStrip * ((patch.inputs + kPanel<Acc> - 1) / kPanel<Acc>);
-  }
-
-  // Calls `function(block, o, i)` for each block and where it lies in the patch.
-  template <class Function>
-  static void for_each_block(const Patch& patch, const Function& function) {
-    int64_t block = 0;
-    for (int64_t i = 0; i < patch.inputs; i += kPanel<Acc>)
-      for (int64_t o = 0; o < patch.outputs; o += kStrip) function(block++, o, i);
+    return num_strips(patch) * ((patch.inputs + kPanel<Acc> - 1) / kPanel<Acc>);
   }
 
   // Adds the products of rows whose inputs are packed to a task's gradient.
@@ -153,12 +146,14 @@ struct PatchGradients {
     const int64_t next_row = is_last ? row + rows : row;
     NextPieces next(layer.cotangents[is_last ? 0 : t + 1], next_row, std::min(kPackedRows, layer.rows - next_row),
                     patch.output, patch.outputs);
-    for_each_block(patch, [&](int64_t block, int64_t o, int64_t i) {
-      next.ask(block + 1, num_blocks(patch));
-      const int64_t at = t * row_entries + block * kBlockEntries<Acc>;
-      add_block(entries(packed_cotangents) + o * rows, entries(packed_inputs) + i * rows, rows, row == 0,
-                entries(sums) + at, entries(lost) + at);
-    });
+    Acc* sum = entries(sums) + t * row_entries;
+    Acc* owed = entries(lost) + t * row_entries;
+    int64_t block = 0;
+    for (int64_t i = 0; i < patch.inputs; i += kPanel<Acc>)
+      for (int64_t o = 0; o < patch.outputs; o += kStrip, sum += kBlockEntries<Acc>, owed += kBlockEntries<Acc>) {
+        next.ask(++block, num_blocks(patch));
+        add_block(entries(packed_cotangents) + o * rows, entries(packed_inputs) + i * rows, rows, row == 0, sum, owed);
+      }
   }
 
   // Forms the gradients of a patch, adds their products to `slot` and writes their weighted sum.
@@ -182,10 +177,9 @@ struct PatchGradients {
   void write_combined(const Patch& patch) const {
     const Matrix& to = layer.combined;
     Out* const out = static_cast<Out*>(const_cast<void*>(to.data)) + patch.output * to.row_stride + patch.input;
-    const int64_t strips = (patch.outputs + kStrip - 1) / kStrip;
     for (int64_t o = 0; o < patch.outputs; ++o)
       for (int64_t i = 0; i < patch.inputs; i += kPanel<Acc>) {
-        const int64_t block = i / kPanel<Acc> * strips + o / kStrip, row = block * kStrip + o % kStrip;
+        const int64_t block = i / kPanel<Acc> * num_strips(patch) + o / kStrip, row = block * kStrip + o % kStrip;
         const Acc* const from = entries(sums) + num_tasks * row_entries + row * kPanel<Acc>;
         for (int64_t c = 0; c < std::min(kPanel<Acc>, patch.inputs - i); ++c)
           round_to(out + o * to.row_stride + i + c, static_cast<Sum<Out>>(from[c]));

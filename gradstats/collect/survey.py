@@ -111,7 +111,7 @@ class Survey:
     def _measure(self) -> list[SegmentFacts]:
         graph = self._graph
         entering = _entering(graph, self.segments)
-        self._waiting = _passed_on(graph, set().union(*entering))
+        waiting = _passed_on(graph, set().union(*entering))
         return [
             SegmentFacts(
                 tasks=max((graph.reached_by[node].bit_count() for node in segment.nodes), default=1),
@@ -120,7 +120,7 @@ class Survey:
                 bytes_in=sum(map(_bytes, entering[i])),
                 bytes_out=sum(map(_bytes, segment.outs)),
                 widest=max(map(_bytes, self._edges_within(segment)), default=0),
-                leaves=tuple(map(self._leaf_facts, segment.leaves)),
+                leaves=tuple(self._leaf_facts(leaf, waiting) for leaf in segment.leaves),
             )
             for i, segment in enumerate(self.segments)
         ]
@@ -130,7 +130,7 @@ class Survey:
         nodes: list[Any] = [node for node in segment.nodes if node not in self._beside]
         return [(node, slot) for node in nodes for slot in range(len(node._input_metadata))]
 
-    def _leaf_facts(self, node: Node) -> LeafFacts:
+    def _leaf_facts(self, node: Node, waiting: set[Edge]) -> LeafFacts:
         leaf, found = self._graph.leaves[node], self._uses.get(node, [])
         # A matrix or a kernel [o, ...] takes part in one product of its size for each of the rows [..., o] that its
         # layer puts out; anything else in one for each of its entries.
@@ -142,7 +142,7 @@ class Survey:
             return facts
         num_rows, fan_in = self.linear[node].inputs.shape
         factors = (num_rows, fan_in, leaf.numel() // fan_in)
-        return replace(facts, factors=factors, enters=self.linear[node].output in self._waiting)
+        return replace(facts, factors=factors, enters=self.linear[node].output in waiting)
 
 
 def _entering(graph: Graph, segments: Sequence[Segment]) -> list[set[Edge]]:
