@@ -36,7 +36,7 @@ class Meant:
 
     name: str
     registers: int
-    arithmetic: str | None  # an instruction; with one, 16-byte loads are wanted too
+    arithmetic: str | None  # a pattern of an instruction; with one, 16-byte loads are wanted too
 
 
 # The registers leave room for the blocks that the kernels' launch bounds ask for.
@@ -65,6 +65,12 @@ MEANT = [
             ("fragment_kernel<{}, 4,", 168),
             ("pair_kernel<{},", 168),
         )
+    ),
+    *(
+        Meant(f"wide_kernel<{dtype}, {groups}, {metric},", registers, r"DMMA\.(8x8x4|884)")
+        for dtype in ("float", "BFloat16", "Float16", "double")
+        for metric in (("true", "false") if dtype == "double" else ("true",))
+        for groups, registers in ((2, 80), (4, 168))
     ),
 ]
 OTHER = Meant("", 255, None)
@@ -96,7 +102,7 @@ class Kernel:
             yield "reads or writes local memory"
         if meant.arithmetic and not any(LOAD.match(i) for i in self.instructions):
             yield "no 16-byte loads"
-        if meant.arithmetic and not self.instructions[meant.arithmetic]:
+        if meant.arithmetic and not any(re.fullmatch(meant.arithmetic, i) for i in self.instructions):
             yield f"no {meant.arithmetic}"
 
 

@@ -200,6 +200,13 @@ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint
   }
 }
 
+static void mma(double (&d)[2], double a, double b) {
+  const auto lanes = emulation::exchange(std::array<double, 2>{a, b});
+  const int lane = threadIdx.x % 32;
+  for (int c = 0; c < 2; ++c)
+    for (int k = 0; k < 4; ++k) d[c] = std::fma(lanes[lane / 4 * 4 + k][0], lanes[(lane % 4 * 2 + c) * 4 + k][1], d[c]);
+}
+
 }  // namespace gradstats::cuda::ptx
 
 #define __global__
@@ -219,7 +226,8 @@ using namespace gradstats::cuda;
 namespace py = pybind11;
 
 static const char* name_of(Kernel kernel) {
-  return kernel == Kernel::general ? "general" : kernel == Kernel::registers ? "registers" : "fragments";
+  constexpr const char* kNames[] = {"general", "registers", "fragments", "wide"};
+  return kNames[static_cast<int>(kernel)];
 }
 
 // A parameter as Python gives it: pointers to rows (0: no gradient), the tasks' and what is beside them, the number of

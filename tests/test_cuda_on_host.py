@@ -108,7 +108,8 @@ def plan(kernels, num_tasks, sizes, dtype=torch.float32, beside="nothing"):
         (8, torch.float64, True, None, "registers"),
         (8, torch.bfloat16, True, None, "registers"),
         (9, torch.float32, True, None, "fragments"),
-        (9, torch.float64, True, None, "general"),
+        (9, torch.float64, True, None, "wide"),
+        (33, torch.float64, True, None, "general"),
         (256, torch.float16, True, None, "fragments"),
         (2999, torch.float32, True, None, "fragments"),
         (3000, torch.float32, True, None, "general"),
@@ -116,7 +117,9 @@ def plan(kernels, num_tasks, sizes, dtype=torch.float32, beside="nothing"):
         (8, torch.float32, True, torch.float32, "registers"),
         (8, torch.bfloat16, True, torch.bfloat16, "registers"),
         (8, torch.bfloat16, True, torch.float32, "general"),
-        (9, torch.float32, True, torch.float32, "general"),
+        (32, torch.float32, True, torch.float32, "wide"),
+        (32, torch.float32, True, torch.float64, "general"),
+        (33, torch.float32, True, torch.float32, "general"),
         (4, torch.float32, False, torch.float32, "general"),
     ],
 )
@@ -188,7 +191,7 @@ def test_chunks_segments_and_what_does_not_fit_them(kernels, num_tasks, dtype):
 
 
 @pytest.mark.parametrize("dtype", CODES)
-@pytest.mark.parametrize("num_tasks", [2, 5, 8])
+@pytest.mark.parametrize("num_tasks", [2, 5, 8, 13, 20])
 def test_a_metric_beside_the_gradients(kernels, num_tasks, dtype):
     """Rows as above; entries whose products leave float32, and a metric that spans its range and has zeros."""
     rows = make(num_tasks, [2048 + 64, 259, 5, 301], [dtype] * 4)

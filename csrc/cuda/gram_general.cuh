@@ -1,5 +1,5 @@
-// The general kernel: any number of tasks, any dtype, with a metric, in float64. Simple, not fast: it takes what the
-// others do not.
+// The general kernel: any number of tasks, any dtype, with a metric of any, in float64. Simple, not fast: it takes what
+// the others do not.
 #pragma once
 
 #include <cstdint>

@@ -19,6 +19,11 @@ FastKernel<Table> register_kernel_for(int num_tasks) {
   }
 }
 
+template <class In, bool kMetric, class Table>
+FastKernel<Table> wide_kernel_for(int num_tasks) {
+  return num_tasks <= 16 ? wide_kernel<In, 2, kMetric, Table> : wide_kernel<In, 4, kMetric, Table>;
+}
+
 template <class In, class Table>
 FastKernel<Table> fast_kernel(Kernel kernel, Beside beside, int num_tasks) {
   if (kernel == Kernel::registers)
@@ -27,12 +32,14 @@ FastKernel<Table> fast_kernel(Kernel kernel, Beside beside, int num_tasks) {
       case Beside::metric: return register_kernel_for<In, Beside::metric, Table>(num_tasks);
       case Beside::combination: return register_kernel_for<In, Beside::combination, Table>(num_tasks);
     }
-  if constexpr (!std::is_same_v<In, double>) {
+  if (beside == Beside::metric) return wide_kernel_for<In, true, Table>(num_tasks);
+  if constexpr (std::is_same_v<In, double>) {
+    return wide_kernel_for<In, false, Table>(num_tasks);
+  } else {
     if (num_tasks <= 16) return fragment_kernel<In, 2, Table>;
     if (num_tasks <= kSideRows) return fragment_kernel<In, 4, Table>;
     return pair_kernel<In, Table>;
   }
-  return nullptr;
 }
 
 template <class Table>

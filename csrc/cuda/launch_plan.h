@@ -11,10 +11,11 @@
 #include "gram_fragment.cuh"
 #include "gram_general.cuh"
 #include "gram_register.cuh"
+#include "gram_wide.cuh"
 
 namespace gradstats::cuda {
 
-enum class Kernel : uint8_t { general, registers, fragments };
+enum class Kernel : uint8_t { general, registers, fragments, wide };
 
 // The sums of 36 pairs leave registers for enough loads in flight; those of more do not.
 constexpr int64_t kRegisterTasks = 8;
@@ -36,7 +37,8 @@ inline Kernel choose_kernel(DType dtype, int64_t num_tasks, bool dense, Beside b
   const bool metric = beside == Beside::metric;
   if (!dense || num_tasks >= LargeTable::kMaxRows || (metric && metric_dtype != dtype)) return Kernel::general;
   if (num_tasks <= kRegisterTasks) return Kernel::registers;
-  return metric || dtype == DType::float64 ? Kernel::general : Kernel::fragments;  // no tensor core adds in float64
+  if (!metric && dtype != DType::float64) return Kernel::fragments;
+  return num_tasks <= kWideTasks ? Kernel::wide : Kernel::general;
 }
 
 // Calls f with a value of the type that a dtype names.

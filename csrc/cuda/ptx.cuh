@@ -68,4 +68,12 @@ __device__ inline void mma<Float16>(float (&d)[4], uint32_t a0, uint32_t a1, uin
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// The same for matrices 8 x 4 and 4 x 8 of float64: lane l has a = A[l / 4][l % 4], b = B[l % 4][l / 4] and, of d, row
+// l / 4, columns 2 * (l % 4) and the next.
+__device__ inline void mma(double (&d)[2], double a, double b) {
+  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+      : "+d"(d[0]), "+d"(d[1])
+      : "d"(a), "d"(b));
+}
+
 }  // namespace gradstats::cuda::ptx
