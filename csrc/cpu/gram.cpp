@@ -102,7 +102,7 @@ struct Kernels {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
-constexpr int kVectorBytes = 32, kTile = 3, kStrip = 4;
+constexpr int kVectorBytes = 32, kTile = 3, kStrip = 6;
 inline Vector<uint32_t, 4> widen(Vector<uint16_t, 4> v) {
   return (Vector<uint32_t, 4>)_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&v)));
 }
