@@ -20,7 +20,7 @@ struct Patch {
 // What the weight gradients of a linear layer are products of, and the patches in which these are formed: a function
 // of sizes alone, so that any number of threads adds the same numbers in the same order.
 struct LinearLayer {
-  static constexpr int64_t kOutputs = 24, kInputs = 32;  // patches are multiples of it, as of all blocks
+  static constexpr int64_t kOutputs = 24, kInputs = 32;  // patches are multiples of these
 
   int64_t rows, fan_in, fan_out;
   Matrix inputs;                     // [rows, fan_in]

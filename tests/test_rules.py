@@ -118,6 +118,10 @@ def test_rows_sum_to_the_gradient(case: str) -> None:
         parts = [rows.contract(None if rows.left is None else rows.left[s], right[s]) for s in (first, second)]
         if len(right) > 1:
             torch.testing.assert_close(use.restore(parts[0] + parts[1]), want.to_dense())
+        if rows.arrange is not None and rows.left is not None:
+            products = right.mT @ rows.left, both.mT @ rows.left
+            torch.testing.assert_close(use.restore(rows.arrange(products[0])), want)
+            torch.testing.assert_close(use.restore(rows.arrange(products[1])[1]), 2 * want)
         factors = (rows.left, right) if rows.outer else rows.unfold(right) if rows.unfold else None
         if factors is not None:
             left, right = factors

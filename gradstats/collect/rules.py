@@ -45,7 +45,7 @@ class Rows:
         outer: Whether the gradient is the plain sum of the outer products of ``left [N, k]`` and ``right [*, N, o]``,
             so that the inner product of two gradients is ``Σ_nm (left leftᵀ)_nm (right rightᵀ)_nm``.
         arrange: Where that holds, makes of the product ``rightᵀ left``, ``[*, o, k]``, the gradient ``[*, *operand]``.
-            None where it is not made so.
+            None where nothing does: plans then form the gradients.
         unfold: Where that holds for more rows, ``m`` for each of the ``N`` (a convolution's positions): makes of
             ``right [N, o, ...]``, with ``m`` entries after the second dimension, ``left [N m, k]`` and
             ``right [N m, o]``. None where it does not hold.
