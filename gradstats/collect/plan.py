@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 
 #: Largest gradient of one task in a segment that is still passed batched: ``T`` of them leave the caches.
 _BATCHED_BYTES = 1 << 19
-#: Up to here segments are joined, or not looked for, though that needs more memory, to save time on the host.
+#: Memory that is not worth time: up to here segments are joined, or not looked for, to save time on the host, and by so
+#: much cotangents that wait may exceed the gradients that are not formed.
 SMALL_BYTES = 1 << 20
 #: What one operation of a QR decomposition in float64 costs in those of a matrix product in float32, as measured.
 _QR_COST = 8
@@ -195,8 +196,8 @@ def _greedy(segments: Sequence[SegmentFacts], batched: bool | None, may_factor: 
     """Each segment in the way that is best for it, and neighbours joined while that needs no more memory."""
     single = [_lean_step(facts, batched, may_factor, max_bytes) for facts in segments]
     if may_factor:
-        formed = _greedy(segments, batched, False, None).bytes
-        room = formed if max_bytes is None else min(formed, max_bytes)
+        room = _greedy(segments, batched, False, None).bytes + SMALL_BYTES
+        room = room if max_bytes is None else min(room, max_bytes)
         single = [_fast_step(step, room) for step in single]
     bound = max([SMALL_BYTES, *(step.bytes for step in single)])
     if max_bytes is not None:
