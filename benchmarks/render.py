@@ -288,6 +288,11 @@ def plan_table() -> str:
     return table(header, rows, markdown=True)
 
 
+def compare_table(experiment: str) -> str:
+    """What ``gradstats compare`` has written of an experiment: a row for each method."""
+    return (RESULTS / experiment / "results.md").read_text().split("\n\n")[0]
+
+
 def handover_table() -> str:
     """Mean increase of the tasks' errors in percent over those with the ideal fixed weights, of the same seed."""
     records = load("handover")["records"]
@@ -340,6 +345,8 @@ TABLES: dict[str, Callable[[], str]] = {
     for what in ("time", "memory")
     for sharing in ("shared", "disjoint", "per-sample")
 }
+for _experiment in ("tox21", "nyuv2"):
+    TABLES[f"compare {_experiment}"] = functools.partial(compare_table, _experiment)
 for _device in ("cpu", "cuda"):
     TABLES[f"bench {_device} host"] = functools.partial(host_table, _device)
     for _dtype, _kind in itertools.product(("float32", "bfloat16"), ("flat", "lists")):
