@@ -187,7 +187,8 @@ void for_each_slot(const Problem& problem, int64_t slots, const Function& functi
   });
 }
 
-// A float64 tensor [T, T]. torch::stable::new_empty looks its operator up by name each time, which small problems notice.
+// A float64 tensor [T, T]. torch::stable::new_empty looks its operator up by name each time, which small problems
+// notice.
 Tensor empty_gramian(int64_t num_tasks) {
   const int64_t sizes[] = {num_tasks, num_tasks}, strides[] = {num_tasks, 1};
   AtenTensorHandle handle;
