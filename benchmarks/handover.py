@@ -217,7 +217,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    logging.getLogger("gradstats").setLevel(logging.ERROR)  # too high learning rates are tried, too
     results: dict[str, Any] = {"machine": describe(), "steps": options.steps, "records": []}
     if options.out.exists():
         results = json.loads(options.out.read_text())
@@ -230,4 +229,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("gradstats").setLevel(logging.ERROR)  # too high learning rates are tried, too
     main()
