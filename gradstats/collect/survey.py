@@ -26,8 +26,10 @@ _BATCH_WELL = {
     )
     for name in names
 }
-#: Nodes that hand their gradient on as it is, or as a view.
-_PASSING = {"Add", "T", "Transpose", "Permute", "View", "UnsafeView", "Squeeze", "Unsqueeze", "Alias"}
+#: Nodes that hand their gradient on as it is, or as a view: reordered, or reshaped, and then reordered ones are copied.
+_REORDERING = {"T", "Transpose", "Permute"}
+_RESHAPING = {"View", "UnsafeView"}
+_PASSING = {"Add", "Squeeze", "Unsqueeze", "Alias"} | _REORDERING | _RESHAPING
 
 
 @dataclass(frozen=True)
@@ -161,18 +163,27 @@ def _passed_on(graph: Graph, entering: set[Edge]) -> set[Edge]:
     for node, edges in graph.children.items():
         for edge in edges:
             sources.setdefault(edge, []).append(node)
-    found = set(entering)
+    found, reordered = set(entering), set[Edge]()
     for node in graph.children:  # from the losses downwards
+        given = (node, 0)
         for edge in graph.children[node]:
-            if len(sources[edge]) == 1 and (node, 0) in found and _passes_on(node, edge):
+            if len(sources[edge]) == 1 and given in found and _passes_on(node, edge, given in reordered):
                 found.add(edge)
+                if given in reordered or _kind(node) in _REORDERING:
+                    reordered.add(edge)
     return found
 
 
-def _passes_on(node: Node, edge: Edge) -> bool:
-    """Whether ``node`` hands its gradient on to ``edge`` without a copy."""
-    same = _numel((node, 0)) == _numel(edge) and metadata_of((node, 0)).dtype == metadata_of(edge).dtype
-    return same and getattr(node, "_saved_alpha", 1) == 1 and node.name().removesuffix("Backward0") in _PASSING
+def _passes_on(node: Node, edge: Edge, reordered: bool) -> bool:
+    """Whether ``node`` hands its gradient, which may lie in memory in another order, on to ``edge`` without a copy."""
+    kind = _kind(node)
+    if kind not in _PASSING or (reordered and kind in _RESHAPING) or getattr(node, "_saved_alpha", 1) != 1:
+        return False
+    return _numel((node, 0)) == _numel(edge) and metadata_of((node, 0)).dtype == metadata_of(edge).dtype
+
+
+def _kind(node: Node) -> str:
+    return node.name().removesuffix("Backward0")
 
 
 def _numel(edge: Edge) -> int:
