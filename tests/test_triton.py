@@ -220,6 +220,7 @@ class TestNumerics:
         [
             ([torch.ones(2)] * 3, 2, [], False, "3 tensors are not a multiple of num_tasks = 2"),
             ([torch.ones(2), torch.ones(3)], 2, [], False, "differ in shape or dtype"),
+            ([torch.ones(2, 3), torch.ones(0, 3)], 2, [], False, "differ in shape or dtype"),
             ([torch.ones(2), torch.ones(2).double()], 2, [], False, "differ in shape or dtype"),
             ([torch.ones(2), torch.ones(2)], 2, [torch.ones(3)], False, "a metric of the gradients' shapes"),
             ([torch.ones(2), torch.ones(2)], 2, [torch.ones(2)] * 2, False, "a metric of 1 tensors, got 2"),

@@ -177,8 +177,8 @@ def _parameters(
             yield _stacked_parameter(grads[k], beside[k : k + 1], device)
         elif not stacked:
             rows = grads[k::num_params]
-            present = [row for row in rows if row.numel()]
-            if present:
+            present = [row for row in rows if row.shape != (0,)]  # which stands for a missing gradient
+            if any(row.numel() for row in present):
                 yield _listed_parameter(rows, present, beside[k : k + 1], device)
 
 
