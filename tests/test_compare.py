@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from gradstats.cli import main
 from gradstats.compare import Metric, Results, Source, compare, score
 from gradstats.compare.nyuv2 import depth_measures, segmentation_measures
 from gradstats.compare.results import DROP, SINGLE, Trained
-from gradstats.compare.runs import Run, make_weighting, train, without_required_options
+from gradstats.compare.runs import Run, _context, _run_apart, make_weighting, train, without_required_options
 from gradstats.compare.tox21 import roc_auc
 from gradstats.weighting import AutoScale, Fixed, available
 
@@ -241,6 +243,12 @@ def test_measures_of_scenes():
 
 
 # ---- many runs -------------------------------------------------------------------------------------------------------
+
+
+def test_exit_codes_of_many_processes():
+    with ThreadPoolExecutor(4) as pool:
+        codes = list(pool.map(lambda _: _run_apart(_context(), os.getpid), range(100)))
+    assert codes == [0] * 100
 
 
 def test_comparison_end_to_end(file, tmp_path):

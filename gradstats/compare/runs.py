@@ -10,11 +10,13 @@ import multiprocessing
 import platform
 import re
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -306,19 +308,33 @@ def _context() -> Any:
     return context
 
 
+# Starting a process also asks for the exit codes of all others that have ended, and where two threads ask for one at
+# once, one of them gets a wrong answer.
+_processes = threading.Lock()
+
+
 def _train_apart(context: Any, run: Run, path: Path) -> str | None:
     """Train in a new process; returns why it failed, or None."""
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_train_to_file, args=(run, path, sender), daemon=True)
-    process.start()
+    code = _run_apart(context, _train_to_file, run, path, sender)
     sender.close()
-    process.join()
-    if process.exitcode == 0:
+    if code == 0:
         return None
     try:
         return str(receiver.recv())
     except EOFError:
-        return f"its process ended with exit code {process.exitcode}"
+        return f"its process ended with exit code {code}"
+
+
+def _run_apart(context: Any, function: Callable[..., object], *arguments: object) -> int:
+    """Call a function in a new process; returns its exit code."""
+    process = context.Process(target=function, args=arguments, daemon=True)
+    with _processes:
+        process.start()
+    wait([process.sentinel])
+    with _processes:
+        process.join()
+    return int(process.exitcode)
 
 
 def _train_to_file(run: Run, path: Path, errors: Connection) -> None:
