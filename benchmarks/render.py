@@ -333,6 +333,19 @@ def weighting_times_table() -> str:
     return table(["µs of CPU time", *header], rows, markdown=True)
 
 
+def linear_table(device: str) -> str:
+    """``linear_gram``, and with the weighted gradient, beside a batched product and the Gramian of what it gives."""
+    rows = []
+    for record in load(f"linear_{device}")["records"]:
+        ways = list(record["ways"].values())  # at once, apart; then both with the weighted gradient
+        cells = [number(facts["milliseconds"]) for facts in ways] + [
+            number(facts["extra_mebibytes"]) for facts in ways[:2]
+        ]
+        rows.append([record["layer"], str(record["tasks"]), record["dtype"], *cells, f"{ways[0]['error']:.0e}"])
+    titles = ["at once (ms)", "apart", "with weighted gradient", "apart", "extra MiB", "apart", "error"]
+    return table(["rows, inputs, outputs", "T", "dtype", *titles], rows, markdown=True)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "weightings": weightings_table,
     "weighting times": weighting_times_table,
@@ -348,6 +361,7 @@ TABLES: dict[str, Callable[[], str]] = {
 for _experiment in ("tox21", "nyuv2"):
     TABLES[f"compare {_experiment}"] = functools.partial(compare_table, _experiment)
 for _device in ("cpu", "cuda"):
+    TABLES[f"linear {_device}"] = functools.partial(linear_table, _device)
     TABLES[f"bench {_device} host"] = functools.partial(host_table, _device)
     for _dtype, _kind in itertools.product(("float32", "bfloat16"), ("flat", "lists")):
         TABLES[f"bench {_device} {_dtype} {_kind}"] = functools.partial(bench_table, _device, _dtype, _kind)
