@@ -249,6 +249,17 @@ def test_constants_of_many_tasks_and_entries(dtype: torch.dtype, num_tasks: int,
     assert ((gram / expected - 1).abs() <= 3e-7).all()
 
 
+@needs_compiled
+@pytest.mark.parametrize("num_tasks", [5, 8, 9])
+def test_pairs_of_many_constants(num_tasks: int) -> None:
+    """Which pair loses most depends on how its terms are grouped, so many are tried."""
+    n = 1 << 14
+    for seed in range(200):
+        values = 0.5 + torch.rand(num_tasks, 1, generator=torch.Generator().manual_seed(seed))
+        gram = ops.gram([values.expand(num_tasks, n).contiguous()], num_tasks, [], True)
+        assert ((gram / (n * values.double() @ values.double().T) - 1).abs() <= 3e-7).all()
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_float16_at_both_ends_of_its_range(kernel: Kernel) -> None:
     ends = [65504.0, -65504.0, 6e-8, -6e-8, 6.1e-5, 6.09e-5, 1.0, 0.0]
