@@ -4,8 +4,8 @@
 // The products of all pairs of rows are added tile by tile, a few vectors of each row at a time, in one of two types:
 //
 // - float32, where many tasks have contiguous runs of float32, bfloat16 or float16. It does twice as many products
-//   at a time, but rounds: up to kStep terms are added in registers, the sums of up to kSteps such steps in memory,
-//   and these are folded into float64. That bounds the error of a sum by 3e-7 of the norms.
+//   at a time, but rounds: up to kStep terms are added in registers, the sums of some such steps in memory, and
+//   these are folded into float64 (kSteps, steps_of_chunk). That bounds the error of a sum by 3e-7 of the norms.
 // - float64 for all else: float64 itself, few tasks, a metric, what is strided, missing or shorter than a step, and
 //   any chunk whose products leave the range of float32. Products of the narrower types are exact in it and in range.
 //
@@ -296,7 +296,7 @@ struct NextRows {
 };
 
 // Whether rows are multiplied by a strip: more than kTile, at most twice as many, and no more sums than registers.
-inline bool is_strip(int64_t num_rows) { return kTile == 4 && kTile < num_rows && num_rows <= 2 * kTile; }
+inline bool is_strip(int64_t num_rows) { return kTile == 4 && kTile < num_rows && has_few_tiles(num_rows); }
 
 // Steps between two folds. Those of a strip are short: of 12 times 4 terms constants lose 2.2e-7, too.
 inline int64_t steps_of_chunk(int64_t num_rows) { return is_strip(num_rows) ? 12 : kSteps; }
