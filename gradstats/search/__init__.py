@@ -6,7 +6,7 @@ import os
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 try:
-    import ray.tune  # noqa: F401
+    import ray.tune  # noqa: F401  # whether it is there
 except ImportError as error:
     raise ImportError('gradstats.search needs Ray Tune; install it with: pip install "gradstats[search]"') from error
 
