@@ -104,6 +104,7 @@ class Way:
         normalize: As for AutoScale.
         hand_over: What becomes of the optimizer's state when the weights change.
         when: Whether at every change, or only at the end of AutoScale's first phase.
+        retrain: Whether another training follows, from the same initialisation, with the last weights throughout.
     """
 
     title: str
@@ -111,6 +112,7 @@ class Way:
     normalize: Literal["gradient", "loss", "sum"] = "gradient"
     hand_over: Callable[[Optimizer, Network, Change], None] | None = None
     when: Literal["every change", "end"] = "every change"
+    retrain: bool = False
 
 
 def clear(optimizer: Optimizer, network: Network, change: Change) -> None:
@@ -142,6 +144,7 @@ def multiply(optimizer: Optimizer, module: nn.Module, ratio: float) -> None:
 WAYS = [
     Way("uniform", "uniform"),
     Way("ideal fixed weights", "ideal"),
+    Way("retrained from scratch with the weights found", retrain=True),
     Way("sum(w) = T", normalize="sum"),
     Way("sum(w) = T, state cleared at the end of phase 1", normalize="sum", hand_over=clear, when="end"),
     Way("sum(w) = T, state cleared at every change", normalize="sum", hand_over=clear),
@@ -162,6 +165,24 @@ def train(
 ) -> Network:
     """A training, from which the network comes."""
     scalarizer = make_scalarizer(way, steps)
+    network = follow(scalarizer, data, way, make_optimizer, lr=lr, steps=steps, seed=seed)
+    if way.retrain:
+        fixed = gradstats.Scalarizer("fixed", tasks=TASKS, weights=scalarizer.weights.tolist())
+        network = follow(fixed, data, way, make_optimizer, lr=lr, steps=steps, seed=seed)
+    return network
+
+
+def follow(
+    scalarizer: gradstats.Scalarizer,
+    data: OverlaidDigits,
+    way: Way,
+    make_optimizer: Callable[..., Optimizer],
+    *,
+    lr: float,
+    steps: int,
+    seed: int,
+) -> Network:
+    """A training with the weights of ``scalarizer``."""
     torch.manual_seed(seed)
     network = Network()
     optimizer = make_optimizer(network.parameters(), lr)
