@@ -15,6 +15,9 @@
 // Vectors of each row that a tile multiplies at a time, at most, and such steps between two folds. Of 8 times 8 terms,
 // constants lose 2.2e-7; of 64 in one chain 9e-7.
 constexpr int kStep = 8, kSteps = 8;
+// Lines of a row that are asked for one after another where the memory is the limit: it gives neighbours faster than
+// one line of each row in turn.
+constexpr int kBurst = 4;
 // Rows whose tiles stay in cache over a chunk, a group.
 constexpr int64_t kGroup = 16 * kTile;
 
@@ -139,6 +142,14 @@ struct Tile {
   Vec<Acc> sum[kTile][kTile];
 };
 
+template <bool kDiagonal, int R, int C, class Acc>
+void add_to_tile(const Vec<Acc> (*sum)[C], Tile<Acc>& tile) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = kDiagonal ? r : 0; c < C; ++c) tile.sum[r][c] += sum[r][c];
+}
+
 // Lines of N rows that a tile asks for while it multiplies: memory should never wait for the arithmetic.
 template <class In, int N>
 struct Ahead {
@@ -171,10 +182,7 @@ void add_diagonal_tile(const void* const* rows, int64_t from, int64_t count, Acc
       }
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = r; c < R; ++c) tile.sum[r][c] += sum[r][c];
+  add_to_tile<true, R, R, Acc>(sum, tile);
 }
 
 // Adds the products of kTile rows at `a` with C rows at `b`.
@@ -193,45 +201,56 @@ void add_tile(const Acc* a, const Acc* b, int64_t stride, int64_t count, const A
       for (int r = 0; r < kTile; ++r) sum[r][c] += x[r] * y;
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kTile; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) tile.sum[r][c] += sum[r][c];
+  add_to_tile<false, kTile, C, Acc>(sum, tile);
 }
 
-// Adds the products of kTile rows among themselves and with the C rows that follow: reads all of them once.
+// Adds the products of kTile + C rows over kBurst lines to their three tiles: of the first rows among themselves, of the
+// last ones, and between both. Asks for as many lines that come later, those of one row after another. Not inlined,
+// where the compiler keeps all the addresses and runs out of registers.
 template <int C, class In, class Acc>
-void add_two_tiles(const void* const* rows, int64_t from, int64_t count, const Ahead<In, kTile + C>& ahead,
-                   Tile<Acc>& diagonal, Tile<Acc>& tile) {
-  const In* in[kTile + C];
-  Vec<Acc> own[kTile][kTile] = {}, sum[kTile][C] = {};
+[[gnu::noinline]] void add_three_tiles(const void* const* rows, int64_t from, Tile<Acc>* tile) {
+  constexpr int R = kTile + C;
+  constexpr int64_t kDistance = kPrefetchBytes<In, false> / sizeof(In);
+  const In* in[R];
+  Vec<Acc> first[kTile][kTile] = {}, last[C][C] = {}, between[kTile][C] = {};
 #pragma GCC unroll 8
-  for (int r = 0; r < kTile + C; ++r) in[r] = static_cast<const In*>(rows[r]) + from;
-  for (int64_t line = 0; line < count; line += kLine<In>) {
-    ahead.ask(line);
-    for (int64_t k = line; k < line + kLine<In>; k += kLanes<Acc>) {
+  for (int r = 0; r < R; ++r) in[r] = static_cast<const In*>(rows[r]) + from;
+#pragma GCC unroll 4
+  for (int line = 0; line < kBurst; ++line) {
+#pragma GCC unroll 8
+    for (int r = R * line / kBurst; r < R * (line + 1) / kBurst; ++r)
+#pragma GCC unroll 4
+      for (int later = 0; later < kBurst; ++later) __builtin_prefetch(in[r] + kDistance + later * kLine<In>);
+#pragma GCC unroll 2
+    for (int64_t k = line * kLine<In>; k < (line + 1) * kLine<In>; k += kLanes<Acc>) {
       Vec<Acc> x[kTile];
 #pragma GCC unroll 8
       for (int r = 0; r < kTile; ++r) {
         x[r] = load<Acc>(in[r] + k);
 #pragma GCC unroll 8
-        for (int c = 0; c <= r; ++c) own[c][r] += x[c] * x[r];
+        for (int c = 0; c <= r; ++c) first[c][r] += x[c] * x[r];
       }
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
         const Vec<Acc> y = load<Acc>(in[kTile + c] + k);
 #pragma GCC unroll 8
-        for (int r = 0; r < kTile; ++r) sum[r][c] += x[r] * y;
+        for (int r = 0; r < kTile; ++r) between[r][c] += x[r] * y;
       }
     }
   }
+  add_to_tile<true, kTile, kTile, Acc>(first, tile[0]);
+  add_to_tile<false, kTile, C, Acc>(between, tile[2]);
 #pragma GCC unroll 8
-  for (int r = 0; r < kTile; ++r) {
+  for (int64_t k = 0; k < kBurst * kLine<In>; k += kLanes<Acc>) {
+    Vec<Acc> x[C];
 #pragma GCC unroll 8
-    for (int c = r; c < kTile; ++c) diagonal.sum[r][c] += own[r][c];
+    for (int r = 0; r < C; ++r) {
+      x[r] = load<Acc>(in[kTile + r] + k);
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) tile.sum[r][c] += sum[r][c];
+      for (int c = 0; c <= r; ++c) last[c][r] += x[c] * x[r];
+    }
   }
+  add_to_tile<true, C, C, Acc>(last, tile[1]);
 }
 
 // Calls `function(j, C)` for the rows [j, j + C) of each tile on the diagonal.
@@ -278,7 +297,7 @@ inline bool has_few_tiles(int64_t num_rows) { return num_rows <= 2 * kTile; }
 template <class In, class Acc>
 int64_t step_entries(int64_t num_rows) {
   constexpr int64_t kMost = kStep * kLanes<Acc>;
-  return has_few_tiles(num_rows) ? std::min(4 * kLine<In>, kMost) : kMost;
+  return has_few_tiles(num_rows) ? std::min(kBurst * kLine<In>, kMost) : kMost;
 }
 
 // The rows of a group's next step, shared among its tiles: one or two for each, until all are asked for.
@@ -301,13 +320,11 @@ inline bool is_strip(int64_t num_rows) { return kTile == 4 && kTile < num_rows &
 // Steps between two folds. Those of a strip are short: of 12 times 4 terms constants lose 2.2e-7, too.
 inline int64_t steps_of_chunk(int64_t num_rows) { return is_strip(num_rows) ? 12 : kSteps; }
 
-// Adds the products of a step of such rows to their three tiles.
+// Adds the products of a step of such rows, kBurst lines, to their tiles.
 template <class In, class Acc>
-void add_strip(const void* const* rows, int64_t num_rows, int64_t from, int64_t count, Tile<Acc>* tile) {
+void add_strip(const void* const* rows, int64_t num_rows, int64_t from, Tile<Acc>* tile) {
   for_each_width(num_rows - kTile, [&](int64_t, auto width) {
-    constexpr int C = decltype(width)::value;
-    add_two_tiles<C, In>(rows, from, count, ahead_of<kTile + C, false, In>(rows, from), tile[0], tile[2]);
-    add_diagonal_tile<C, false, In, Acc>(rows + kTile, from, count, nullptr, 0, Ahead<In, 0>{}, tile[1]);
+    add_three_tiles<decltype(width)::value, In>(rows, from, tile);
   });
 }
 
@@ -347,11 +364,14 @@ Tile<Acc>* add_groups(const Acc* a, const Acc* b, int64_t num_rows, int64_t stri
 // Adds to sums in float64 what float32 has gathered in a chunk, and clears it. Two lanes of float32 are added before
 // they become one of float64: exactly, where they are alike.
 inline void fold(Tile<float>* from, int64_t num_tiles, Tile<double>* to) {
-  Vec<float>* const in = &from->sum[0][0];
-  Vec<double>* const out = &to->sum[0][0];
-  for (int64_t k = 0; k < num_tiles * kTile * kTile; ++k) {
-    out[k] += widen(half<0>(in[k]) + half<1>(in[k]));
-    in[k] = Vec<float>{};
+  for (; num_tiles > 0; --num_tiles, ++from, ++to) {
+    Vec<float>* const in = &from->sum[0][0];
+    Vec<double>* const out = &to->sum[0][0];
+#pragma GCC unroll 16
+    for (int k = 0; k < kTile * kTile; ++k) {
+      out[k] += widen(half<0>(in[k]) + half<1>(in[k]));
+      in[k] = Vec<float>{};
+    }
   }
 }
 
@@ -442,7 +462,7 @@ struct Slot {
     for (int64_t g = 0; g < num_tasks; g += kGroup) {
       const int64_t num_rows = std::min(kGroup, num_tasks - g);
       for_each_step([&](int64_t k, int64_t n) {
-        if (is_strip(num_tasks)) return add_strip<In>(rows, num_tasks, from + k, n, tile);
+        if (is_strip(num_tasks)) return add_strip<In>(rows, num_tasks, from + k, tile);
         Acc* const to = kept + g * row + (layout.has_groups() ? k : 0);
         add_group<In>(rows + g, num_rows, from + k, n, to, row, tile);
       });
@@ -528,7 +548,8 @@ struct Slot {
   double* gathered_row(int64_t t) const { return reinterpret_cast<double*>(gathered.get()) + t * kGatheredStride; }
 
   void add_gathered() {
-    const int64_t count = (filled + kLine<double> - 1) / kLine<double> * kLine<double>;
+    constexpr int64_t kMultiple = kBurst * kLine<double>;  // as a strip takes
+    const int64_t count = (filled + kMultiple - 1) / kMultiple * kMultiple;
     std::vector<const void*> rows(num_tasks);
     for (int64_t t = 0; t < num_tasks; ++t) {
       std::fill(gathered_row(t) + filled, gathered_row(t) + count, 0.0);

@@ -30,16 +30,15 @@ void on_every_thread(int64_t threads, const Work& work) {
 
 // The exclusive or of all bytes, spread over those of a word.
 GRADSTATS_CLONES uint64_t read_run(const char* from, int64_t bytes, int64_t ahead) {
-  using Line [[gnu::vector_size(64)]] = uint64_t;
+  using Line [[gnu::vector_size(64), gnu::aligned(1), gnu::may_alias]] = uint64_t;
   constexpr int64_t kLine = sizeof(Line);
   Line a{}, b{}, c{}, d{};
   int64_t at = 0;
   for (; at + 4 * kLine <= bytes; at += 4 * kLine) {
     // The processor alone stops asking at the end of each page.
     for (int64_t line = 0; line < 4 && ahead > 0; ++line) __builtin_prefetch(from + at + ahead + line * kLine);
-    Line v[4];
-    __builtin_memcpy(v, from + at, sizeof v);
-    a ^= v[0], b ^= v[1], c ^= v[2], d ^= v[3];
+    const Line* lines = reinterpret_cast<const Line*>(from + at);
+    a ^= lines[0], b ^= lines[1], c ^= lines[2], d ^= lines[3];
   }
   a ^= b ^ c ^ d;
   uint64_t seen = 0;
