@@ -126,7 +126,8 @@ def loss_calls(name: str, losses: Tensor) -> dict[str, Call]:
     def ours() -> None:
         losses.grad = None
         torch.dot(losses, weighting(losses.detach())).backward()
-        weighting.after_step(losses.detach())
+        if name == "famo":
+            weighting.after_step(losses.detach())
 
     def torchjd_step() -> None:
         losses.grad = None

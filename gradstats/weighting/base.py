@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,13 @@ class Weighting(nn.Module, ABC):
             raise ValueError(f"num_tasks: expected a positive integer, got {num_tasks!r}")
         self.num_tasks = num_tasks
         self.weights = torch.ones(num_tasks, dtype=torch.float64, device="cpu")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set the state at once; what else there is may be a submodule, for which ``nn.Module`` looks slowly."""
+        if name in self.STATE:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def needs(self) -> frozenset[str]:

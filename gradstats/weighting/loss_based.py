@@ -176,11 +176,12 @@ class GLS(_LossBased):
     def forward(self, losses: Tensor, stats: GradStats | None = None) -> Tensor:
         """The weights of the current losses."""
         self._move_state(losses.device)
-        logs = losses.log()
-        known = logs.isfinite()
+        logs = losses.log().nan_to_num_(torch.nan, torch.nan, torch.nan)
+        known = logs == logs  # faster than isfinite(); NaN equals nothing
         count = known.sum(dtype=logs.dtype)
-        mean = logs.nan_to_num(0.0, 0.0, 0.0).sum() / count
-        return self._renewed(torch.exp(mean - logs) / count, known)
+        mean = (logs.nansum() / count).exp_()
+        self.weights = torch.where(known, mean / count / losses, self.weights)
+        return self.weights
 
 
 class STCH(_LossBased):
