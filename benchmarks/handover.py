@@ -100,19 +100,18 @@ class Way:
 
     Attributes:
         title: For tables.
-        weights: ``"uniform"``, ``"ideal"`` (the inverse factors) or ``"autoscale"``.
+        weights: ``"uniform"``, ``"ideal"`` (the inverse factors), ``"autoscale"`` or ``"found"`` (those that a training
+            with the default has ended with, at its own learning rate and from the same initialisation).
         normalize: As for AutoScale.
         hand_over: What becomes of the optimizer's state when the weights change.
         when: Whether at every change, or only at the end of AutoScale's first phase.
-        retrain: Whether another training follows, from the same initialisation, with the last weights throughout.
     """
 
     title: str
-    weights: Literal["uniform", "ideal", "autoscale"] = "autoscale"
+    weights: Literal["uniform", "ideal", "autoscale", "found"] = "autoscale"
     normalize: Literal["gradient", "loss", "sum"] = "gradient"
     hand_over: Callable[[Optimizer, Network, Change], None] | None = None
     when: Literal["every change", "end"] = "every change"
-    retrain: bool = False
 
 
 def clear(optimizer: Optimizer, network: Network, change: Change) -> None:
@@ -141,15 +140,16 @@ def multiply(optimizer: Optimizer, module: nn.Module, ratio: float) -> None:
                 value.mul_(ratio**2 if name == "exp_avg_sq" else ratio)
 
 
+DEFAULT = Way("gradient norm kept")
 WAYS = [
     Way("uniform", "uniform"),
     Way("ideal fixed weights", "ideal"),
-    Way("retrained from scratch with the weights found", retrain=True),
+    Way("retrained from scratch with the weights found", "found"),
     Way("sum(w) = T", normalize="sum"),
     Way("sum(w) = T, state cleared at the end of phase 1", normalize="sum", hand_over=clear, when="end"),
     Way("sum(w) = T, state cleared at every change", normalize="sum", hand_over=clear),
     Way("sum(w) = T, moments rescaled", normalize="sum", hand_over=rescale),
-    Way("gradient norm kept"),
+    DEFAULT,
     Way("gradient norm kept, state cleared at every change", hand_over=clear),
     Way("gradient norm kept, moments of heads rescaled", hand_over=rescale_heads),
     Way("weighted sum of losses kept", normalize="loss"),
@@ -161,19 +161,6 @@ WAYS = [
 
 
 def train(
-    data: OverlaidDigits, way: Way, make_optimizer: Callable[..., Optimizer], *, lr: float, steps: int, seed: int
-) -> Network:
-    """A training, from which the network comes."""
-    scalarizer = make_scalarizer(way, steps)
-    network = follow(scalarizer, data, way, make_optimizer, lr=lr, steps=steps, seed=seed)
-    if way.retrain:
-        fixed = gradstats.Scalarizer("fixed", tasks=TASKS, weights=scalarizer.weights.tolist())
-        network = follow(fixed, data, way, make_optimizer, lr=lr, steps=steps, seed=seed)
-    return network
-
-
-def follow(
-    scalarizer: gradstats.Scalarizer,
     data: OverlaidDigits,
     way: Way,
     make_optimizer: Callable[..., Optimizer],
@@ -181,8 +168,10 @@ def follow(
     lr: float,
     steps: int,
     seed: int,
-) -> Network:
-    """A training with the weights of ``scalarizer``."""
+    found: Tensor | None = None,
+) -> tuple[Network, Tensor]:
+    """A training, from which the network and its last weights come; ``found`` are the weights of ``"found"``."""
+    scalarizer = make_scalarizer(way, steps, found)
     torch.manual_seed(seed)
     network = Network()
     optimizer = make_optimizer(network.parameters(), lr)
@@ -200,13 +189,15 @@ def follow(
         due = changed and (way.when == "every change" or not scalarizer.weighting.needs)
         if due and way.hand_over is not None and scalarizer.stats is not None:
             way.hand_over(optimizer, network, Change(old, scalarizer.weights, scalarizer.stats.gram))
-    return network
+    return network, scalarizer.weights
 
 
-def make_scalarizer(way: Way, steps: int) -> gradstats.Scalarizer:
+def make_scalarizer(way: Way, steps: int, found: Tensor | None) -> gradstats.Scalarizer:
     """That of a training of so many steps."""
     if way.weights == "autoscale":
         return gradstats.Scalarizer("autoscale", tasks=TASKS, total_steps=steps, normalize=way.normalize)
+    if found is not None:
+        return gradstats.Scalarizer("fixed", tasks=TASKS, weights=(len(TASKS) * found / found.sum()).tolist())
     weights = {task: 1.0 if way.weights == "uniform" else 1 / factor for task, factor in FACTORS.items()}
     return gradstats.Scalarizer("fixed", tasks=TASKS, weights=weights)
 
@@ -221,12 +212,19 @@ def compare(data: dict[str, OverlaidDigits], way: Way, optimizer: str, steps: in
     """The record of a way with an optimizer: its learning rate, and the errors of each seed."""
     make_optimizer, lrs = OPTIMIZERS[optimizer]
 
-    def errors_of(lr: float, seed: int, split: str) -> dict[str, float]:
-        return errors(train(data["train"], way, make_optimizer, lr=lr, steps=steps, seed=seed), data[split])
+    def run(way: Way, lr: float, seed: int, found: Tensor | None) -> tuple[Network, Tensor]:
+        return train(data["train"], way, make_optimizer, lr=lr, steps=steps, seed=seed, found=found)
 
-    lr = min(lrs, key=lambda lr: score(errors_of(lr, PILOT_SEED, "valid")))
-    found = [errors_of(lr, seed, "test") for seed in range(seeds)]
-    return {"optimizer": optimizer, "way": way.title, "lr": lr, "errors": found}
+    def best_lr(way: Way, found: Tensor | None) -> float:
+        return min(lrs, key=lambda lr: score(errors(run(way, lr, PILOT_SEED, found)[0], data["valid"])))
+
+    found: dict[int, Tensor | None] = dict.fromkeys([PILOT_SEED, *range(seeds)])
+    if way.weights == "found":
+        lr = best_lr(DEFAULT, None)
+        found = {seed: run(DEFAULT, lr, seed, None)[1] for seed in found}
+    lr = best_lr(way, found[PILOT_SEED])
+    measured = [errors(run(way, lr, seed, found[seed])[0], data["test"]) for seed in range(seeds)]
+    return {"optimizer": optimizer, "way": way.title, "lr": lr, "errors": measured}
 
 
 def main(arguments: list[str] | None = None) -> None:
