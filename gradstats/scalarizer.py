@@ -6,7 +6,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,23 @@ from gradstats.weighting.base import packed, unpacked
 logger = logging.getLogger(__name__)
 
 _LATER = "a later step is recorded"
+
+
+@dataclass
+class _Progress:
+    """Where a training is; apart, as what is set on a module at every step passes many checks.
+
+    Attributes:
+        step: Steps taken.
+        monitored: Multiples of ``record_every`` that are done with.
+        losses: Of the micro-steps since.
+        stats: Of those among them that were recorded.
+    """
+
+    step: int = 0
+    monitored: int = -1
+    losses: list[Tensor] = field(default_factory=list)
+    stats: list[GradStats] = field(default_factory=list)
 
 
 class Scalarizer(nn.Module):
@@ -102,10 +119,7 @@ class Scalarizer(nn.Module):
         self.stats: GradStats | None = None
         self._inputs = (inputs,)  # in a tuple, so that a module given as inputs does not become a submodule
         self.grad_scaler = grad_scaler
-        self._step = 0
-        self._monitored = -1  # multiples of record_every that are done with
-        self._micro_losses: list[Tensor] = []
-        self._micro_stats: list[GradStats] = []
+        self._progress = _Progress()
 
     @property
     def weights(self) -> Tensor:
@@ -118,7 +132,7 @@ class Scalarizer(nn.Module):
 
     def _monitor_is_due(self) -> bool:
         # Due from each multiple of record_every until one succeeds.
-        return self.record_every is not None and self._step // self.record_every > self._monitored
+        return self.record_every is not None and self._progress.step // self.record_every > self._progress.monitored
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
@@ -142,11 +156,11 @@ class Scalarizer(nn.Module):
         """
         listed = self._listed(losses)
         means = _stacked(self._means(listed))
-        weights = self.weights
         if self.training and torch.is_grad_enabled():
             stats = self._collect(listed, owner=owner) if self.wants_stats() else None
-            decided = self._count(_known(means, listed), stats)
-            weights = decided if self.accumulate == 1 else weights
+            weights = self._count(means, listed, stats)
+        else:
+            weights = self.weights
         return _weighted_sum(means, weights)
 
     def backward(
@@ -169,7 +183,7 @@ class Scalarizer(nn.Module):
             torch.autograd.backward(total if self.grad_scaler is None else self.grad_scaler.scale(total))
             return total.detach()
         weights, means = self.weights, _stacked(self._means(listed))
-        self._count(_known(means, listed), self._collect(listed, weights, owner=owner))
+        self._count(means, listed, self._collect(listed, weights, owner=owner))
         return _weighted_sum(means, weights).detach()
 
     def after_step(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> None:
@@ -236,10 +250,12 @@ class Scalarizer(nn.Module):
             scaled = [None if loss is None else self.grad_scaler.scale(loss) for loss in listed]
             scale = self.grad_scaler.get_scale()
         if _distributed() and not _same_on_all_ranks(self._signature(listed), _device(listed)):
-            logger.warning("step %d: the ranks' graphs differ; %s", self._step, _LATER)
+            logger.warning("step %d: the ranks' graphs differ; %s", self._progress.step, _LATER)
             return None
         if not self._inputs_show(listed):
-            logger.warning("step %d: one task alone does not show what is shared (pass inputs); %s", self._step, _LATER)
+            logger.warning(
+                "step %d: one task alone does not show what is shared (pass inputs); %s", self._progress.step, _LATER
+            )
             return None
         averaged = _distributed() and not self.local
         run = functools.partial(collect_unbiased, num_ranks=dist.get_world_size() if averaged else 1)
@@ -259,7 +275,7 @@ class Scalarizer(nn.Module):
             stats = _mean_of_ranks(stats)
         if stats.non_finite_names:
             names = ", ".join(stats.non_finite_names)
-            logger.warning("step %d: the gradient of %s is not finite; %s", self._step, names, _LATER)
+            logger.warning("step %d: the gradient of %s is not finite; %s", self._progress.step, names, _LATER)
             return None
         return stats
 
@@ -268,32 +284,41 @@ class Scalarizer(nn.Module):
         sizes = [0 if loss is None else loss.numel() for loss in listed]
         return signature(self.tasks, self._means(listed), self._inputs[0], sizes)
 
-    def _count(self, losses: Tensor, stats: GradStats | None) -> Tensor:
-        """Count a micro-step; the last one of a step lets the weighting decide. Returns the weights in force."""
-        self._micro_losses.append(losses)
+    def _count(self, means: Tensor, listed: list[Tensor | None], stats: GradStats | None) -> Tensor:
+        """Count a micro-step and return its weights; the last one of a step lets the weighting decide."""
+        losses = _known(means, listed) if self.weighting.needs else means.detach()
+        if self.accumulate == 1:
+            return self._decide(losses, stats)
+        weights, progress = self.weights, self._progress
+        progress.losses.append(losses)
         if stats is not None:
-            self._micro_stats.append(stats)
-        if len(self._micro_losses) < self.accumulate:
-            return self.weights
-        losses = losses if self.accumulate == 1 else torch.stack(self._micro_losses).nanmean(0)
-        if _distributed() and self.weighting.needs:
+            progress.stats.append(stats)
+        if len(progress.losses) == self.accumulate:
+            mean = GradStats.mean(progress.stats) if progress.stats else None
+            self._decide(torch.stack(progress.losses).nanmean(0), mean)
+            progress.losses.clear()
+            progress.stats.clear()
+        return weights
+
+    def _decide(self, losses: Tensor, stats: GradStats | None) -> Tensor:
+        """Count a step, whose weights the weighting chooses."""
+        weighting, progress = self.weighting, self._progress
+        if weighting.needs and _distributed():
             losses = _mean_of_known_over_ranks(losses)
-        wanted = self.weighting.wants_stats()
-        step_stats = GradStats.mean(self._micro_stats) if self._micro_stats else None
-        if step_stats is not None:
-            self.stats = step_stats
+        if stats is not None:
+            self.stats = stats
             if self.record_every is not None:
-                self._monitored = self._step // self.record_every
-        self._micro_losses, self._micro_stats = [], []
-        self._step += 1
-        weights: Tensor = self.weighting(losses, step_stats if wanted else None)
+                progress.monitored = progress.step // self.record_every
+            stats = stats if weighting.wants_stats() else None
+        progress.step += 1
+        weights: Tensor = weighting(losses, stats)
         return weights
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
         """Step counters for ``state_dict``, to be saved between steps; the weighting adds its own state."""
-        return packed([self._tasks_id(), self._step, self._monitored])
+        return packed([self._tasks_id(), self._progress.step, self._progress.monitored])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore what :meth:`get_extra_state` returned.
@@ -304,8 +329,7 @@ class Scalarizer(nn.Module):
         values = unpacked(state, [0, 0, 0])
         if values is None or values[0] != self._tasks_id():
             raise ValueError(f"state: expected tasks {list(self.tasks)}, got the state of a Scalarizer for others")
-        self._step, self._monitored = int(values[1]), int(values[2])
-        self._micro_losses, self._micro_stats = [], []
+        self._progress = _Progress(int(values[1]), int(values[2]))
 
     def _tasks_id(self) -> int:
         """A number that other task names do not have; below 2^53, exact in float64."""
@@ -332,11 +356,9 @@ def _weighting(weighting: str | Weighting, tasks: tuple[str, ...], options: dict
 def _stacked(listed: list[Tensor | None]) -> Tensor:
     """The losses ``[T]`` with their graph, at least float32, zero where there is none; as a rule in one operation."""
     given = [loss for loss in listed if loss is not None]
-    dtypes = {loss.dtype for loss in given}
-    alike = len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64} and all(loss.ndim == 0 for loss in given)
-    if alike and len(given) == len(listed):
+    if len(given) == len(listed) and all(loss.ndim == 0 and loss.dtype == torch.float32 for loss in given):
         return torch.stack(given)
-    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    dtype = functools.reduce(torch.promote_types, (loss.dtype for loss in given), torch.float32)
     zero = given[0].new_zeros((), dtype=dtype)
     return torch.stack([zero if loss is None else loss.reshape(()).to(dtype) for loss in listed])
 

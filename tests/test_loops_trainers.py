@@ -163,7 +163,7 @@ def test_hf_scalarizer_outside_the_model(hf_example: dict, tmp_path: Path, colle
     trainer.train()
     assert trainer.state.global_step == steps
     assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 4
-    assert trainer.scalarizer._step == steps
+    assert trainer.scalarizer._progress.step == steps
     assert len(collections) == 5 * accumulate
     assert trainer.scalarizer.weights[0] > 100 * trainer.scalarizer.weights[1]
     saved = safetensors.load_file(tmp_path / "checkpoint-10" / "model.safetensors")
@@ -189,7 +189,7 @@ def test_hf_scalarizer_inside_the_model_travels_in_checkpoints(hf_example: dict,
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-13"))
     assert_same_parameters(whole.model, resumed.model)
     for one in (whole, resumed):
-        assert one.model.scalarizer._step == 40
+        assert one.model.scalarizer._progress.step == 40
         assert len(one.model.scalarizer.weighting.window_weights) == 2
     assert torch.equal(whole.model.scalarizer.weights, resumed.model.scalarizer.weights)
     assert whole.model.scalarizer.weights[0] > 100 * whole.model.scalarizer.weights[1]

@@ -275,13 +275,15 @@ class AutoScale(Weighting):
 
     def forward(self, losses: Tensor, stats: GradStats | None = None) -> Tensor:
         """Record the step if it is due and return the weights in force; the last step of a window prepares the next."""
-        weights = self.weights = self.weights.to(losses.device)
+        if self.weights.device != losses.device:
+            self.weights = self.weights.to(losses.device)
+        weights = self.weights
         if not self.exploring:
             return weights
         if self.explorer is not None:
             weights = self.explorer(losses, stats if self.explorer.wants_stats() else None)
             self.weights = self.explorer.weights  # some prepare those of the next step
-        if self._sample_is_due() and (stats is not None or "gramian" not in self._records):
+        if (stats is not None or "gramian" not in self._records) and self._sample_is_due():
             self._record(losses, stats, weights.cpu())
         _, start, length = self._window()
         self.step += 1

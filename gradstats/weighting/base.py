@@ -86,7 +86,8 @@ class Weighting(nn.Module, ABC):
         """Take one optimizer step's losses and statistics and return the weights for that step.
 
         Args:
-            losses: Detached float64 tensor ``[T]``; NaN for a task without a loss at this step.
+            losses: Detached float64 tensor ``[T]``; NaN for a task without a loss at this step. Where ``needs`` is
+                empty, only its device can be relied on.
             stats: Statistics of the unweighted task gradients, or None. It may be None although
                 :meth:`wants_stats` is true, where the step's gradients were not finite.
 

@@ -41,7 +41,8 @@ class Fixed(Weighting):
 
     def forward(self, losses: Tensor, stats: GradStats | None = None) -> Tensor:
         """Return the fixed weights."""
-        self.weights = self.weights.to(losses.device)
+        if self.weights.device != losses.device:
+            self.weights = self.weights.to(losses.device)
         return self.weights
 
 
