@@ -294,10 +294,11 @@ class Scalarizer(nn.Module):
         if stats is not None:
             progress.stats.append(stats)
         if len(progress.losses) == self.accumulate:
-            mean = GradStats.mean(progress.stats) if progress.stats else None
-            self._decide(torch.stack(progress.losses).nanmean(0), mean)
+            losses = torch.stack(progress.losses).nanmean(0)
+            stats = GradStats.mean(progress.stats) if progress.stats else None
             progress.losses.clear()
             progress.stats.clear()
+            self._decide(losses, stats)
         return weights
 
     def _decide(self, losses: Tensor, stats: GradStats | None) -> Tensor:
