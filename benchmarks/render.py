@@ -184,7 +184,7 @@ def targets_table() -> str:
     return table(["target", "measured", "limit", "met"], rows, markdown=True)
 
 
-def bench_table(device: str, dtype: str, kind: str) -> str:
+def bench_table(run: str, dtype: str, kind: str) -> str:
     """``gradstats bench`` on flat gradients or on lists of models: milliseconds, shares, memory and errors."""
     by_hand = {
         "stack(cat) @ .T": "`stack(cat) @ .T`",
@@ -194,7 +194,7 @@ def bench_table(device: str, dtype: str, kind: str) -> str:
     }
     chosen = [
         case
-        for case in bench_cases(device)
+        for case in bench_cases(run)
         if (ours := case["pairwise"])["dtype"] == dtype
         and "milliseconds" in ours
         and (ours["list"] == "flat") == (kind == "flat")
@@ -232,10 +232,10 @@ def taken(case: dict[str, Any], method: str) -> float | None:
     return record.get("graph_milliseconds", record.get("milliseconds"))
 
 
-def host_table(device: str) -> str:
+def host_table(run: str) -> str:
     """Microseconds of a call with as many tensors of one entry: ``pairwise`` of lists, planned, and of blocks."""
     forms = ("pairwise", "pairwise, planned", "pairwise, stacked")
-    cases = [case for case in bench_cases(device) if case["pairwise"]["dtype"] == "float32"]
+    cases = [case for case in bench_cases(run) if case["pairwise"]["dtype"] == "float32"]
     costs = {(case["pairwise"]["list"], case["pairwise"]["num_tasks"]): case for case in cases}
     tasks = sorted({num_tasks for _, num_tasks in costs})
     rows = []
@@ -249,9 +249,9 @@ def host_table(device: str) -> str:
     return table(["gradients", "tensors a task", *[f"T = {n}" for n in tasks]], rows, markdown=True)
 
 
-def bench_cases(device: str) -> list[dict[str, Any]]:
-    """The records of each case by method, of the runs with most threads."""
-    records = load(f"bench_{device}")["records"]
+def bench_cases(run: str) -> list[dict[str, Any]]:
+    """The records of each case by method, with most threads."""
+    records = load(f"bench_{run}")["records"]
     most = max(r["threads"] for r in records)
     cases: dict[tuple[Any, ...], dict[str, Any]] = {}
     for r in records:
@@ -360,11 +360,12 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 for _experiment in ("tox21", "nyuv2"):
     TABLES[f"compare {_experiment}"] = functools.partial(compare_table, _experiment)
-for _device in ("cpu", "cuda"):
-    TABLES[f"linear {_device}"] = functools.partial(linear_table, _device)
-    TABLES[f"bench {_device} host"] = functools.partial(host_table, _device)
+for _run in ("cpu", "cuda"):
+    TABLES[f"linear {_run}"] = functools.partial(linear_table, _run)
+for _run in ("cpu", "cpu_threads", "cuda"):
+    TABLES[f"bench {_run} host"] = functools.partial(host_table, _run)
     for _dtype, _kind in itertools.product(("float32", "bfloat16"), ("flat", "lists")):
-        TABLES[f"bench {_device} {_dtype} {_kind}"] = functools.partial(bench_table, _device, _dtype, _kind)
+        TABLES[f"bench {_run} {_dtype} {_kind}"] = functools.partial(bench_table, _run, _dtype, _kind)
 
 
 def load(name: str) -> Any:

@@ -33,8 +33,7 @@ template <class In, class Entries>
 void combine_block(const Terms<In>& terms, const Entries& entries, In* out) {
   using Acc = Sum<In>;
   // What is written should be on its way from memory in time, as measured: all that is read may come from cache.
-  for (int64_t c = 0; c < kBlock<In>; c += kLine<In>)
-    __builtin_prefetch(reinterpret_cast<const char*>(out + c) + 4096, 1);
+  for (int64_t c = 0; c < kBlock<In>; c += kLine<In>) ask_for<true>(out + c, 4096);
   Vec<Acc> sum[kSums];
 #pragma GCC unroll 8
   for (int v = 0; v < kSums; ++v) sum[v] = Vec<Acc>{} + terms.zeros;

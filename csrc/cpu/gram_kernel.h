@@ -92,7 +92,7 @@ template <class In>
 void convert_run(const In* __restrict in, int64_t count, double* __restrict out) {
   int64_t c = 0;
   for (; c + kLine<In> <= count; c += kLine<In>) {
-    __builtin_prefetch(reinterpret_cast<const char*>(in + c) + kPrefetchBytes<In, true>);
+    ask_for(in + c, kPrefetchBytes<In, true>);
     for (int64_t l = 0; l < kLine<In>; l += kLanes<double>) store(out + c + l, load<double>(in + c + l));
   }
   for (; c < count; ++c) out[c] = to_double(in[c]);
@@ -210,7 +210,6 @@ void add_tile(const Acc* a, const Acc* b, int64_t stride, int64_t count, const A
 template <int C, class In, class Acc>
 [[gnu::noinline]] void add_three_tiles(const void* const* rows, int64_t from, Tile<Acc>* tile) {
   constexpr int R = kTile + C;
-  constexpr int64_t kDistance = kPrefetchBytes<In, false> / sizeof(In);
   const In* in[R];
   Vec<Acc> first[kTile][kTile] = {}, last[C][C] = {}, between[kTile][C] = {};
 #pragma GCC unroll 8
@@ -220,7 +219,7 @@ template <int C, class In, class Acc>
 #pragma GCC unroll 8
     for (int r = R * line / kBurst; r < R * (line + 1) / kBurst; ++r)
 #pragma GCC unroll 4
-      for (int later = 0; later < kBurst; ++later) __builtin_prefetch(in[r] + kDistance + later * kLine<In>);
+      for (int later = 0; later < kBurst; ++later) ask_for(in[r], kPrefetchBytes<In, false> + later * 64);
 #pragma GCC unroll 2
     for (int64_t k = line * kLine<In>; k < (line + 1) * kLine<In>; k += kLanes<Acc>) {
       Vec<Acc> x[kTile];
