@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -243,6 +244,25 @@ def test_as_many_samples_as_tokens(dim: int) -> None:
     inputs = [*body.parameters(), *head.parameters()]
     want = plain_gram(losses.values(), inputs)
     assert_gram(gradstats.from_losses(losses, inputs, owner=owner).gram, want, 1e-10)
+
+
+@pytest.mark.parametrize("cyclic", [False, True])
+@pytest.mark.parametrize("shape", [(6,), (12, 4), (4, 6), (2, 3, 8), (6, 4, 3)])
+def test_owners_of_parts(shape: tuple[int, ...], cyclic: bool) -> None:
+    """Against the order written out, entry by entry."""
+    size = math.prod(shape)
+    for owner in (torch.arange(6) // 2, torch.arange(6) % 3, torch.arange(2), torch.zeros(3, dtype=torch.int64)):
+        entries = [owner[i % len(owner) if cyclic else i // (size // len(owner))].item() for i in range(size)]
+        for rows in (math.prod(shape[:level]) for level in range(len(shape) + 1)):
+            parts = [set(entries[i : i + size // rows]) for i in range(0, size, size // rows)]
+            want = [part.pop() for part in parts] if all(len(part) == 1 for part in parts) else None
+            got = owners.Layout(len(shape), cyclic).owners(owner, shape, rows)
+            assert (None if got is None else got.tolist()) == want
+
+
+def test_owners_of_parts_are_seen_without_writing_all_entries() -> None:
+    layout = owners.Layout(3, cyclic=True)
+    assert layout.owners(torch.arange(32), (32, 2**15, 2**15), 2**20) is None  # 256 GiB if written out
 
 
 @pytest.mark.parametrize("many", [16, 300])

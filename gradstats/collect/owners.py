@@ -10,6 +10,7 @@ that is computed), so the places that use it are looked at, or else the model mi
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -59,11 +60,17 @@ class Layout:
                 f"owner: expected one entry for each sample or token, got {owner.numel()}, which does not fit a layer "
                 f"with an output of shape {tuple(shape)}"
             )
-        owner = owner.repeat(times) if self.cyclic else owner.repeat_interleave(times)
         if rows % size == 0:
-            return owner.repeat_interleave(rows // size)
-        parts = owner.view(rows, -1) if size % rows == 0 else owner.new_empty(rows, 0)
-        return parts[:, 0] if parts.numel() and bool((parts == parts[:, :1]).all()) else None
+            entries = owner.repeat(times) if self.cyclic else owner.repeat_interleave(times)
+            return entries.repeat_interleave(rows // size)
+        if size % rows:
+            return None
+        length = size // rows  # of a part; no more entries are formed than it takes to see whether it has one owner
+        if self.cyclic:
+            parts = owner.repeat(math.lcm(length, owner.numel()) // owner.numel()).view(-1, length)
+        else:
+            parts = owner.repeat_interleave(times // math.gcd(times, length)).view(rows, -1)
+        return parts[:, 0].repeat(rows // len(parts)) if bool((parts == parts[:, :1]).all()) else None
 
 
 @dataclass(frozen=True)
@@ -224,11 +231,21 @@ class _Signature:
     sizes: Tensor
 
     @classmethod
-    def of(cls, cotangent: Tensor) -> _Signature:
-        flat = cotangent.reshape(-1, cotangent.shape[-1] if cotangent.ndim > 1 else 1)
-        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    def empty(cls, output: Any) -> _Signature:
+        """Room for that of the cotangent of an output, of which autograd says shape, dtype and device."""
+        shape = torch.Size(output.shape)
+        rows = shape[:-1].numel() if len(shape) > 1 else shape.numel()
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        make = functools.partial(torch.empty, rows, device=output.device)
+        return cls(shape, make(dtype=dtype), make(dtype=dtype.to_real()))
+
+    def fill(self, cotangent: Tensor) -> _Signature:
+        """Take that of ``cotangent``."""
+        flat = cotangent.reshape(-1, cotangent.shape[-1] if cotangent.ndim > 1 else 1).to(self.sums)
         factors = torch.rand(flat.shape[1], generator=torch.Generator().manual_seed(0)).sub_(0.5).to(flat)
-        return cls(cotangent.shape, flat @ factors, flat.abs() @ factors.abs())
+        torch.mv(flat, factors, out=self.sums)
+        torch.mv(flat.abs(), factors.abs(), out=self.sizes)
+        return self
 
 
 class _Probe:
@@ -287,10 +304,13 @@ class _Probe:
                 yield node, torch.Size(), tuple(layouts), sure
 
     def _signatures(self, nodes: Sequence[Node], factors: Tensor) -> dict[Node, list[_Signature | None]]:
+        # Made beforehand: small tensors that stay, put between large ones that go, would leave holes in the heap.
+        room = {node: [_Signature.empty(output) for output in node._input_metadata] for node in nodes}
         found: dict[Node, list[_Signature | None]] = {}
 
         def see(node: Node, cotangents: Cotangents) -> None:
-            found[node] = [None if grad is None else _Signature.of(grad) for grad in cotangents]
+            pairs = zip(room[node], cotangents, strict=True)
+            found[node] = [None if grad is None else signature.fill(grad) for signature, grad in pairs]
 
         visit(self._graph, self._losses, factors, nodes, see, retain_graph=True)
         return found
@@ -367,10 +387,10 @@ def _check_losses(graph: Graph, losses: Sequence[Tensor], owner: Tensor, places:
             below.update(child for child, _ in edges)
 
     def see(node: Node, cotangents: Cotangents) -> None:
-        for layout, grad in zip(places[node].layouts, cotangents, strict=True):
+        for layout, output, grad in zip(places[node].layouts, node._input_metadata, cotangents, strict=True):
             if layout is None or grad is None:
                 continue
-            signature = _Signature.of(grad)
+            signature = _Signature.empty(output).fill(grad)
             owners = layout.owners(owner, grad.shape, len(signature.sizes))
             if owners is None or bool((signature.sizes[factors[owners] == 0] > 0).any()):
                 raise ValueError(
