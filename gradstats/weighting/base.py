@@ -66,7 +66,7 @@ class Weighting(nn.Module, ABC):
         self.weights = torch.ones(num_tasks, dtype=torch.float64, device="cpu")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set the state directly: ``nn.Module`` would first look for parameters and submodules, a microsecond each time."""
+        """Set the state directly: ``nn.Module`` would first look for parameters and submodules, for 1 µs a time."""
         if name in self.STATE:
             object.__setattr__(self, name, value)
         else:
