@@ -179,8 +179,8 @@ class GLS(_LossBased):
         logs = losses.log().nan_to_num_(torch.nan, torch.nan, torch.nan)
         known = logs == logs  # faster than isfinite(); NaN equals nothing
         count = known.sum(dtype=logs.dtype)
-        mean = (logs.nansum() / count).exp_()
-        self.weights = torch.where(known, mean / count / losses, self.weights)
+        weights = (logs.nansum() / count - logs).exp_().div_(count)
+        self.weights = torch.where(known, weights, self.weights)
         return self.weights
 
 
