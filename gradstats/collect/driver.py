@@ -95,20 +95,25 @@ def collect(
         sketch = functools.partial(collect_sketch, num_directions=num_directions, seed=seed)
         fold, method = _run(job, method, owners, store_dtype, max_bytes, sketch, retain_graph)
     has_loss = torch.tensor([task in present for task in range(len(names))], device=device)
-    has_both = has_loss[:, None] & has_loss
     make_stats = functools.partial(GradStats, names=tuple(names), present=has_loss, method=method)
-    zeros = torch.zeros(len(names), len(names), dtype=torch.float64, device=device)
-    by_name = [
-        {group: zeros.masked_scatter(has_both, entries / scale**2) for group, entries in found.items()}
+    grams, errors = (
+        {group: _of_all_tasks(entries.div_(scale**2), has_loss) for group, entries in found.items()}
         for found in (fold.grams, fold.standard_errors)
-    ]
-    grams, errors = by_name
+    )
     by_group = {group: make_stats(gram, standard_error=errors.get(group)) for group, gram in grams.items()}
     return make_stats(
-        torch.stack(list(grams.values())).sum(0),
+        functools.reduce(torch.add, grams.values()),
         standard_error=root_sum_of_squares(list(errors.values())),
         groups={} if group_by is None else by_group,
     )
+
+
+def _of_all_tasks(entries: Tensor, present: Tensor) -> Tensor:
+    """``entries`` of the tasks that are ``present``, with zeros for the others; no copy where none is missing."""
+    tasks = len(present)
+    if len(entries) == tasks:
+        return entries
+    return entries.new_zeros(tasks, tasks).masked_scatter_(present[:, None] & present, entries)
 
 
 def explain(
