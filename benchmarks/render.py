@@ -171,9 +171,12 @@ def collect_table(what: str, sharing: str) -> str:
         best = min((v for v in values if v is not None), default=None)
         cells = [f"**{number(v)}**" if v is not None and v == best else number(v) for v in values]
         row = [MODELS[cell["model"]].title, str(cell["num_tasks"]), number(plain), *cells]
-        rows.append([*row, errors(cell, "ours"), errors(cell, "peer")] if what == "time" else row)
+        if what == "time":
+            of_gradients = cell["time"].get("gradients_error")
+            row += [errors(cell, "ours"), errors(cell, "peer"), "–" if of_gradients is None else f"{of_gradients:.0e}"]
+        rows.append(row)
     if what == "time":
-        header += ["error, ours", "error, the others"]
+        header += ["error, ours", "error, the others", "error of gradients"]
     return table(header, rows, markdown=True)
 
 

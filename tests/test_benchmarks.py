@@ -55,7 +55,7 @@ def test_methods_find_the_same_gramian(sharing, name):
         pytest.skip("not for this sharing")
     if name in LIBRARIES:
         pytest.importorskip(LIBRARIES[name])
-    exact = collect.exact_gram(build_case("tiny", 2, sharing))
+    exact = collect.exact_gram(build_case("tiny", 2, sharing).double())
     case = build_case("tiny", 2, sharing)
     try:
         gram = method.prepare(case)(*case.forward())
@@ -70,7 +70,7 @@ def test_methods_find_the_same_gramian(sharing, name):
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_the_exact_gramian_is_that_of_the_trunk(sharing):
     case = build_case("tiny", 2, sharing)
-    exact = collect.exact_gram(build_case("tiny", 2, sharing))
+    exact = collect.exact_gram(build_case("tiny", 2, sharing).double())
     assert exact.dtype == torch.float64
     for t, loss in enumerate(case.forward()[1]):
         case.trunk.zero_grad()
@@ -140,6 +140,7 @@ def test_a_run_in_fresh_processes(tmp_path):
     assert written["machine"]["torch"] == torch.__version__
     (cell,) = written["cells"]
     assert (cell["parameters"], cell["samples"]) == (4_723_712, 64)
+    assert 0 < cell["time"]["gradients_error"] < 1e-6
     for name in methods:
         time = cell["time"]["methods"][name]
         assert 0 < time["quartiles"][0] <= time["median"] <= time["quartiles"][1]
