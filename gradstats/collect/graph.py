@@ -141,7 +141,7 @@ class Graph:
         found: list[Any] = [node for node in self.children if node.name() == "torch::autograd::AccumulateGrad"]
         return {node: node.variable for node in reversed(found)}
 
-    @property
+    @cached_property
     def hides_parameters(self) -> bool:
         """Whether it holds parameters that only a ``backward`` call reaches: in reentrant checkpoints, under FSDP2.
 

@@ -195,7 +195,7 @@ def make_plan(
 def _greedy(segments: Sequence[SegmentFacts], batched: bool | None, may_factor: bool, max_bytes: int | None) -> Plan:
     """Each segment in the way that is best for it, and neighbours joined while that needs no more memory."""
     single = [_lean_step(facts, batched, may_factor, max_bytes) for facts in segments]
-    if may_factor:
+    if may_factor and any(leaf.factors for facts in segments for leaf in facts.leaves):
         room = _greedy(segments, batched, False, None).bytes + SMALL_BYTES
         room = room if max_bytes is None else min(room, max_bytes)
         single = [_fast_step(step, room) for step in single]

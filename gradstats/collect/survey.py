@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,16 +121,16 @@ class Survey:
                 batches_well=i > 0 and all(node.name() in _BATCH_WELL for node in segment.nodes),
                 bytes_in=sum(map(_bytes, entering[i])),
                 bytes_out=sum(map(_bytes, segment.outs)),
-                widest=max(map(_bytes, self._edges_within(segment)), default=0),
+                widest=max(self._bytes_within(segment), default=0),
                 leaves=tuple(self._leaf_facts(leaf, waiting) for leaf in segment.leaves),
             )
             for i, segment in enumerate(self.segments)
         ]
 
-    def _edges_within(self, segment: Segment) -> list[Edge]:
-        """Where gradients flow in a segment besides those of leaves."""
+    def _bytes_within(self, segment: Segment) -> Iterator[int]:
+        """Of one task's gradients wherever they flow in a segment, but for those of leaves."""
         nodes: list[Any] = [node for node in segment.nodes if node not in self._beside]
-        return [(node, slot) for node in nodes for slot in range(len(node._input_metadata))]
+        return (_size(metadata) for node in nodes for metadata in node._input_metadata)
 
     def _leaf_facts(self, node: Node, waiting: set[Edge]) -> LeafFacts:
         leaf, found = self._graph.leaves[node], self._uses.get(node, [])
@@ -191,5 +191,10 @@ def _numel(edge: Edge) -> int:
 
 
 def _bytes(edge: Edge) -> int:
-    itemsize: int = metadata_of(edge).dtype.itemsize
-    return _numel(edge) * itemsize
+    return _size(metadata_of(edge))
+
+
+def _size(metadata: Any) -> int:
+    """In bytes."""
+    size: int = math.prod(metadata.shape) * metadata.dtype.itemsize
+    return size

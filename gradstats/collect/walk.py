@@ -405,7 +405,7 @@ class _Walk:
         if task is None or self._job.weights is None:
             self._weighted[leaf] = wide if total is None else total + wide
             return
-        weight = self._job.weights[task].to(wide)
+        weight = self._job.weights[task]  # of no dimension: the result is no wider than the gradient
         if total is None or wide.layout != torch.strided or total.layout != torch.strided:
             self._weighted[leaf] = weight * wide if total is None else total + weight * wide
         else:
