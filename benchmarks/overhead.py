@@ -1,9 +1,9 @@
 """What gradient statistics, and AutoScale, add to the time of training.
 
 Every training is run without gradstats (the plain sum of the losses) and with each variant, all of them step by step
-in turn, in an order that rotates, so that whatever else the machine does hits all of them. Compared is the CPU time of
-all steps (one thread): forward pass, collection, backward and optimizer. The whole is repeated; given are the median
-ratio and the range.
+in turn, in a random order, so that whatever else the machine does hits all of them, and none always follows the same
+one, whose data fill the caches. Compared is the CPU time of all steps (one thread): forward pass, collection, backward
+and optimizer. The whole is repeated; given are the median ratio and the range.
 
 * Statistics: 8 tasks on the MLP and the Transformer of ``cases.py``; exact Gramians every 100 steps, sketched ones
   of 8 directions (norms to a quarter each, so to be averaged) every 50. The steps between are compared apart.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -191,10 +192,10 @@ def compare(training: Training, variants: list[Variant], repeats: int) -> list[d
     counts = dict.fromkeys(ratios, 0)
     for _ in range(repeats):
         trainees = {v.title: Trainee(training, v) for v in running}
-        order = list(trainees.values())
-        for i in track(range(training.steps), description=training.title):
-            turn = i % len(order)
-            for trainee in order[turn:] + order[:turn]:
+        order, generator = list(trainees.values()), random.Random(0)
+        for _ in track(range(training.steps), description=training.title):
+            generator.shuffle(order)
+            for trainee in order:
                 trainee.step()
         base = trainees[plain.title]
         for name, trainee in trainees.items():
