@@ -388,6 +388,27 @@ def test_micro_step_that_is_not_finite_is_left_out_of_the_mean() -> None:
     assert_gram(scalarizer.stats.gram, expected)
 
 
+def test_a_step_whose_weighting_fails_leaves_no_micro_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    scalarizer = gradstats.Scalarizer("dwa", tasks=TASKS, accumulate=2)
+    losses = torch.ones(3, requires_grad=True)
+    seen = []
+
+    def fail(losses: Tensor, stats: object) -> Tensor:
+        seen.append(losses)
+        if len(seen) == 1:
+            raise RuntimeError("for once")
+        return torch.ones(3, dtype=torch.float64)
+
+    monkeypatch.setattr(scalarizer.weighting, "forward", fail)
+    scalarizer(losses)
+    with pytest.raises(RuntimeError, match="for once"):
+        scalarizer(losses)
+    for factor in (2.0, 4.0):
+        scalarizer(factor * losses)
+    assert len(seen) == 2
+    assert seen[1].tolist() == [3.0, 3.0, 3.0]
+
+
 # ---- mixed precision ----------------------------------------------------------------------------------------------
 
 
