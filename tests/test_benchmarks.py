@@ -195,8 +195,6 @@ def test_a_wrong_gramian_does_not_count_as_fast():
     found = results(loop=(100.0, 50.0), gradstats=(10.0, 5.0))
     found["cells"][0]["time"]["methods"]["gradstats"]["error"] = 1e-3
     assert [v.holds for v in render.against_peers(found)] == [False, True, True]
-    found["cells"][0]["time"]["gradients_error"] = 1e-3  # the gradients' own
-    assert all(v.holds for v in render.against_peers(found))
 
 
 def test_targets():
