@@ -121,12 +121,12 @@ def loss_calls(name: str, losses: Tensor) -> dict[str, Call]:
     # FAMO's parameter has an optimizer of its own.
     parameters = [] if name == "famo" else list(theirs.parameters())
     optimizer = torch.optim.Adam(parameters) if parameters else None
-    steps = itertools.count(1)
+    steps, learns = itertools.count(1), "after_step" in weighting.needs
 
     def ours() -> None:
         losses.grad = None
         torch.dot(losses, weighting(losses.detach())).backward()
-        if name == "famo":
+        if learns:
             weighting.after_step(losses.detach())
 
     def torchjd_step() -> None:

@@ -44,7 +44,7 @@ struct Problem {
   }
 
   // The first entry from `entry` on that lies a multiple of kGrain into its parameter, or begins the next one: vectors
-  // that lie across two lines of the cache are read at half the speed.
+  // that lie across two lines of the cache are read more slowly.
   int64_t aligned(int64_t entry) const {
     if (entry >= starts.back()) return starts.back();
     const int64_t k = parameter_at(entry), grains = (entry - starts[k] + kGrain - 1) / kGrain;
