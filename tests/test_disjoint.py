@@ -247,7 +247,7 @@ def test_as_many_samples_as_tokens(dim: int) -> None:
 
 
 @pytest.mark.parametrize("cyclic", [False, True])
-@pytest.mark.parametrize("shape", [(6,), (12, 4), (4, 6), (2, 3, 8), (6, 4, 3)])
+@pytest.mark.parametrize("shape", [(6,), (12, 2), (12, 4), (4, 6), (2, 3, 8), (6, 4, 3)])
 def test_owners_of_parts(shape: tuple[int, ...], cyclic: bool) -> None:
     """Against the order written out, entry by entry."""
     size = math.prod(shape)
