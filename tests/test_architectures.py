@@ -696,3 +696,13 @@ def test_agrees_with_plain_backwards(case: tuple[str, nn.Module, dict[str, Tenso
     assert shared
     stats = gradstats.from_losses(losses, method=method, retain_graph=True)
     assert_gram(stats.gram, plain_gram(losses.values(), shared))
+
+
+def test_agrees_where_parameters_are_cast(case: tuple[str, nn.Module, dict[str, Tensor]]) -> None:
+    """As autocast does it, but so that nothing is rounded: float64 parameters of a float32 model."""
+    name, model, _ = case
+    if name.startswith("sparse"):
+        pytest.skip("autograd does not cast sparse gradients")
+    leaves = {key: nn.Parameter(p.double()) for key, p in model.named_parameters()}
+    losses = torch.func.functional_call(model, {key: leaf.float() for key, leaf in leaves.items()}, ())
+    check(nn.ParameterList(leaves.values()), losses, "auto")

@@ -352,6 +352,34 @@ def test_low_precision() -> None:
     assert_gram(gradstats.from_losses(losses, model, owner=owner).gram, want, 1e-2)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_agrees_where_parameters_are_cast(name: str) -> None:
+    """As autocast does it, but so that nothing is rounded: float64 parameters of a float32 model."""
+    if name.startswith("sparse"):
+        pytest.skip("autograd does not cast sparse gradients")
+    torch.manual_seed(0)
+    make, data = MODELS[name]
+    model, x, owner = make(), data(), torch.tensor(OWNERS["uneven"][0])
+    leaves = {key: p.detach().double().requires_grad_() for key, p in model.named_parameters()}
+    out = torch.func.functional_call(model, {key: leaf.float() for key, leaf in leaves.items()}, x)
+    losses = task_losses(out, owner, 3)
+    params, weights = list(leaves.values()), [0.3, 2.0, 1.0]
+    grads = torch.autograd.grad(weighted(losses, weights), params, retain_graph=True, allow_unused=True)
+    want = plain_gram(losses.values(), params)
+    assert_gram(gradstats.backward(losses, weights, params, owner=owner).gram, want)
+    assert_gradients([p.grad for p in params], grads)
+
+
+def test_uses_in_different_dtypes_are_summed_in_that_of_the_parameter() -> None:
+    torch.manual_seed(0)
+    embed, x, owner = nn.Embedding(11, 16), ids(), torch.tensor(OWNERS["uneven"][0])
+    hidden = embed(x)
+    low = hidden.tanh().bfloat16() @ embed.weight.bfloat16().T
+    losses = task_losses(torch.cat([hidden, low / 1000], -1), owner, 3)
+    want = plain_gram(losses.values(), [embed.weight])
+    assert_gram(gradstats.from_losses(losses, [embed.weight], owner=owner).gram, want, 1e-5)
+
+
 def test_retain_graph() -> None:
     model, x, owner = mlp(), features(), torch.tensor(OWNERS["uneven"][0])
     losses = task_losses(model(x), owner, 3)

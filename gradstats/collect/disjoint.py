@@ -219,10 +219,10 @@ class _Disjoint:
 
     def _direct_consumers(self) -> dict[Node, list[_Consumer]]:
         """The nodes that consume inputs, with the operands that these are."""
-        found = uses(self._job.graph.children)
+        found = uses(self._job.graph)
         consumers: dict[Node, list[_Consumer]] = {}
         for k, tensor in enumerate(self._job.inputs):
-            node, slot = edge_of(tensor)
+            node, slot = self._job.graph.edge_of(tensor)
             if node in self._job.graph.leaves:
                 for use in found.get(node, []):
                     consumers.setdefault(use.node, []).append(_Consumer(k, use.child, use))
@@ -368,7 +368,7 @@ class _Disjoint:
         return grouping.owner
 
     def _add_block(self, k: int, block: Tensor) -> None:
-        self._sums[k] = self._sums[k].add_(block) if k in self._sums else block
+        self._sums[k] = self._sums[k].add_(block) if k in self._sums else block.to(self._job.inputs[k].dtype)
 
     def _block(self, k: int) -> Tensor:
         if k not in self._sums:

@@ -152,6 +152,8 @@ def _make_job(
             "show; pass the model"
         )
     named = args.normal_inputs(inputs, graph)
+    if any(graph.edge_of(tensor)[0] in graph.leaves for tensor in named.tensors if not tensor.is_leaf):
+        graph = Graph(losses, through_casts=False)  # lest a leaf and its cast be one
     groups, diagonal = args.group_names(group_by, named), args.metric_operand(metric, named)
     new_fold = functools.partial(Fold, len(losses), named.tensors, groups, diagonal, losses[0].device, reduce)
     needs_gradients = bool(diagonal) or reduce is not None

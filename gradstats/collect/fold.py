@@ -54,7 +54,7 @@ class Fold:
     def add_block(self, k: int, block: Tensor) -> None:
         """Fold in the gradients ``[T, *shape]`` of input ``k``."""
         if self.reduce is not None:
-            block = self.reduce(block)
+            block = self.reduce(block.to(self._inputs[k].dtype))  # which autocast's gradients do not have yet
         self.add_gram(k, ops.gram([block], self.num_tasks, self._metric_of([k]), stacked=True))
 
     def add_row(self, k: int, task: int, grad: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -21,8 +22,9 @@ _HIDING = ("CheckpointFunctionBackward", "RegisterPostBackwardFunctionBackward")
 _UNARY = frozenset(
     (
         *("Relu", "LeakyRelu", "Gelu", "Silu", "Mish", "Elu", "Tanh", "Sigmoid", "Softplus", "Hardswish", "Hardtanh"),
-        *("View", "UnsafeView", "ReshapeAlias", "Permute", "Transpose", "T", "Clone", "Select", "Slice", "Squeeze"),
-        *("Unsqueeze", "Mean", "NativeDropout", "MaxPool2DWithIndices", "AvgPool2D", "AdaptiveAvgPool2D", "Split"),
+        *("View", "UnsafeView", "ReshapeAlias", "Permute", "Transpose", "T", "Clone", "Select", "Slice", "Split"),
+        *("Squeeze", "Unsqueeze", "ToCopy", "Mean", "NativeDropout"),
+        *("MaxPool2DWithIndices", "AvgPool2D", "AdaptiveAvgPool2D"),
     )
 )
 #: Elementwise nodes with two operands; where these have one shape, no gradient is summed over a broadcast dimension.
@@ -68,9 +70,8 @@ def can_cross(graph: Graph, node: Node) -> bool:
         return False
     if kind in _UNARY:
         return True
-    here = metadata_of((node, 0))
-    below = [metadata_of(edge) for edge in graph.children[node]]
-    return kind in _BINARY and all(there.shape == here.shape and there.dtype == here.dtype for there in below)
+    shape = metadata_of((node, 0)).shape
+    return kind in _BINARY and all(metadata_of(edge).shape == shape for edge in graph.children[node])
 
 
 def cross(graph: Graph, rows: Mapping[Edge, Tensor]) -> dict[Edge, Tensor]:
@@ -110,13 +111,18 @@ def metadata_of(edge: Edge) -> Any:
 class Graph:
     """The graph below some losses, walked once.
 
+    Args:
+        losses: One number each.
+        through_casts: Whether the gradients of leaves may be read above their casts; see :meth:`edge_of`.
+
     Attributes:
         roots: For each task the edge of its loss.
         children: For each node the edges its gradients flow to; keys are in topological order, losses first.
         reached_by: For each node the set of tasks whose loss reaches it, as the bits of an integer.
     """
 
-    def __init__(self, losses: Sequence[Tensor]) -> None:
+    def __init__(self, losses: Sequence[Tensor], *, through_casts: bool = True) -> None:
+        self._through_casts = through_casts
         self.roots = [edge_of(loss) for loss in losses]
         # Holding every node keeps its Python wrapper alive, so that a node met twice is the same dictionary key.
         self.children = _topological([node for node, _ in self.roots])
@@ -137,9 +143,31 @@ class Graph:
 
     @cached_property
     def leaves(self) -> dict[Node, Tensor]:
-        """The leaf tensors that some loss reaches, by their ``AccumulateGrad`` node, in the order of the forward."""
-        found: list[Any] = [node for node in self.children if node.name() == "torch::autograd::AccumulateGrad"]
-        return {node: node.variable for node in reversed(found)}
+        """The leaves that some loss reaches, by the node of their :meth:`edge_of`, in the order of the forward."""
+        found: list[Any] = [node for node in self.children if _is_accumulator(node)]
+        return {self._casts.get(node, node): node.variable for node in reversed(found)}
+
+    def edge_of(self, tensor: Tensor) -> Edge:
+        """Where the gradient of ``tensor`` is read.
+
+        Of a leaf that is used in lower precision alone, as under autocast, that is above the cast: there its gradient
+        has the same value in less memory, and layers are the same as without a cast.
+        """
+        node, slot = edge_of(tensor)
+        return self._casts.get(node, node), slot
+
+    @cached_property
+    def _casts(self) -> dict[Node, Node]:
+        """For the ``AccumulateGrad`` node of each such leaf the node of the cast."""
+        if not self._through_casts:
+            return {}
+        arriving = Counter(child for edges in (self.roots, *self.children.values()) for child, _ in edges)
+        return {
+            leaf: node
+            for node, edges in self.children.items()
+            for leaf, _ in edges
+            if node.name() == "ToCopyBackward0" and arriving[leaf] == 1 and _is_as_exact(node, leaf)
+        }
 
     @cached_property
     def hides_parameters(self) -> bool:
@@ -157,6 +185,18 @@ class Graph:
             if any(child in found for child, _ in self.children[node]):
                 found.add(node)
         return found
+
+
+def _is_accumulator(node: Node) -> bool:
+    return node.name() == "torch::autograd::AccumulateGrad"
+
+
+def _is_as_exact(cast: Node, leaf: Any) -> bool:
+    """Whether a gradient above ``cast`` is just what arrives at ``leaf``, if that is one, in another dtype."""
+    if not _is_accumulator(leaf) or leaf.variable._backward_hooks:
+        return False
+    above, below = metadata_of((cast, 0)), metadata_of((leaf, 0))
+    return bool(above.device == below.device and torch.promote_types(above.dtype, below.dtype) == below.dtype)
 
 
 def _topological(roots: Iterable[Node]) -> dict[Node, tuple[Edge, ...]]:

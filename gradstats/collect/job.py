@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from gradstats.collect.fold import Fold
-from gradstats.collect.graph import Graph, edge_of
+from gradstats.collect.graph import Graph
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Job:
     @property
     def targets(self) -> set[Node]:
         """The nodes at which the gradients arrive that are asked for."""
-        wanted = {edge_of(tensor)[0] for tensor in self.inputs} & self.graph.children.keys()
+        wanted = {self.graph.edge_of(tensor)[0] for tensor in self.inputs} & self.graph.children.keys()
         return wanted if self.weights is None else wanted | self.graph.leaves.keys()
 
     def without_weights(self) -> Job:

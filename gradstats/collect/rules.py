@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from gradstats.collect.graph import Graph
+
 #: What the forward saved of a node, of any name: ``node._saved_mat1`` and the like, as torch's notes on autograd show.
 AnyNode: TypeAlias = Any
 
@@ -159,25 +161,18 @@ class Use:
         return None if found is None else found(self.node, self.child, shape)
 
 
-def uses(nodes: Iterable[Node]) -> dict[Node, list[Use]]:
-    """Where each leaf below some losses is consumed.
-
-    Args:
-        nodes: All nodes of the graph, such as ``Graph.children``.
-
-    Returns:
-        For the ``AccumulateGrad`` node of each leaf its uses, in the order of ``nodes``.
-    """
+def uses(graph: Graph) -> dict[Node, list[Use]]:
+    """Where each leaf below some losses is consumed, by its node in ``graph.leaves``, from the losses downwards."""
     found: dict[Node, list[Use]] = {}
-    for node in nodes:
+    for node in graph.children:
         if node.name() in _PASS_BACK:
             continue  # on the path of the uses above it
         for i, (child, _) in enumerate(node.next_functions):
             path = []
-            while child is not None and child.name() in _PASS_BACK:
+            while child is not None and child not in graph.leaves and child.name() in _PASS_BACK:
                 path.append(child)
                 child = child.next_functions[0][0]
-            if child is not None and child.name() == "torch::autograd::AccumulateGrad":
+            if child in graph.leaves:
                 found.setdefault(child, []).append(Use(node, i, tuple(path)))
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from gradstats.collect.graph import Edge, Graph, edge_of, metadata_of
+from gradstats.collect.graph import Edge, Graph, metadata_of
 from gradstats.collect.plan import LeafFacts, SegmentFacts
 from gradstats.collect.rules import Rows, Use, uses
 from gradstats.collect.segments import Segment, cut, whole
@@ -80,9 +80,9 @@ class Survey:
         may_cut: bool = True,
     ) -> None:
         self._graph = graph
-        self._uses = uses(graph.children)
+        self._uses = uses(graph)
         self._beside = {node for found in self._uses.values() for use in found for node in use.path}
-        nodes = [edge_of(tensor)[0] for tensor in inputs]
+        nodes = [graph.edge_of(tensor)[0] for tensor in inputs]
         self._labels = dict(zip(nodes, names or (), strict=False))
         self.segments = cut(graph, targets) if may_cut else [whole(graph, targets)]
         segment_of = {node: segment for segment in self.segments for node in segment.nodes}
@@ -139,7 +139,8 @@ class Survey:
         rows = 1
         if leaf.ndim >= 2 and found and found[0].node.name() != "EmbeddingBackward0":
             rows = max(1, sum(_numel((use.node, 0)) for use in found) // max(1, leaf.shape[0]))
-        facts = LeafFacts(self._labels.get(node, ""), leaf.numel(), leaf.element_size(), rows * leaf.numel())
+        itemsize = metadata_of((node, 0)).dtype.itemsize
+        facts = LeafFacts(self._labels.get(node, ""), leaf.numel(), itemsize, rows * leaf.numel())
         if node not in self.linear:
             return facts
         num_rows, fan_in = self.linear[node].inputs.shape

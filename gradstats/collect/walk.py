@@ -23,7 +23,7 @@ from torch.autograd.graph import Node
 
 from gradstats import ops
 from gradstats.collect.fold import Fold
-from gradstats.collect.graph import Edge, cross, edge_of, pull, zero_gradient
+from gradstats.collect.graph import Edge, cross, pull, zero_gradient
 from gradstats.collect.job import Job
 from gradstats.collect.plan import SMALL_BYTES, Plan, Step, make_plan, takes_basis
 from gradstats.collect.segments import Segment, join
@@ -197,7 +197,7 @@ class _Walk:
         self._graph = job.graph
         self._must_batch = must_batch
         self._linear = here.linear
-        self._inputs = {edge_of(tensor): k for k, tensor in enumerate(job.inputs)}
+        self._inputs = {job.graph.edge_of(tensor): k for k, tensor in enumerate(job.inputs)}
         self._leaf_rows: dict[Node, Rows] = {}
         self._stages = self._make_stages(here, plan)
         self._stage_of = {node: stage for stage in self._stages for node in stage.segment.nodes}
