@@ -248,12 +248,16 @@ class _Search:
         trainable = tune.with_resources(
             tune.with_parameters(train_trial, make_trainer=self.make_trainer), dict(self.resources or {"cpu": 1})
         )
+        space = {"weights": tune.grid_search(candidates)}
         if tune.Tuner.can_restore(str(folder / "trials")):
-            tuner = tune.Tuner.restore(str(folder / "trials"), trainable, resume_unfinished=True, restart_errored=True)
+            # The space is for a search killed before Ray's first note of where its trials stand: it starts afresh.
+            tuner = tune.Tuner.restore(
+                str(folder / "trials"), trainable, param_space=space, resume_unfinished=True, restart_errored=True
+            )
         else:
             tuner = tune.Tuner(
                 trainable,
-                param_space={"weights": tune.grid_search(candidates)},
+                param_space=space,
                 # One process after the other would import everything anew: they are kept, and given other trials.
                 tune_config=tune.TuneConfig(metric=self.metric, mode=self.mode, scheduler=scheduler, reuse_actors=True),
                 run_config=tune.RunConfig(
