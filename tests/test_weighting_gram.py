@@ -17,7 +17,7 @@ from torchjd.linalg import QuadprogProjector
 import gradstats
 from gradstats import GradStats, Scalarizer
 from gradstats.ops import dual_cone as compiled
-from gradstats.weighting import available, create, facts
+from gradstats.weighting import available, create, facts, solvers
 from gradstats.weighting.solvers import dual_cone, nonnegative_qp, positive_definite
 from gradstats.weighting.two_batch import projected
 
@@ -123,6 +123,17 @@ def test_nonnegative_qp_takes_a_wrong_guess_and_many_dependent_gradients():
     for guess in (np.zeros((4, 96), bool), np.ones((4, 96), bool)):
         np.testing.assert_allclose(nonnegative_qp(matrix, linear, guess) @ units, expected, atol=1e-6)
         assert guess.min() == guess.max()  # not changed
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_nonnegative_qp_is_led_where_guesses_go_wrong(seed, monkeypatch):
+    """Exchanging whatever is wrong, and then single entries, takes 41 to 48 rounds here."""
+    rounds, solved_on = [], solvers._solved_on
+    monkeypatch.setattr(solvers, "_solved_on", lambda *args: rounds.append(1) or solved_on(*args))
+    units = np.random.default_rng(seed).standard_normal((48, 28))
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    nonnegative_qp(positive_definite(units @ units.T), -units @ units.T)
+    assert len(rounds) <= 30
 
 
 def test_indefinite_estimates_are_replaced_by_the_nearest_semidefinite_matrix():
@@ -240,6 +251,21 @@ def test_projections_of_two_tasks_are_the_closed_form(seed):
     expected = torch.maximum(vector(1, 1), -gram[0, 1] / gram.diagonal()) / 2
     torch.testing.assert_close(create("dualproj", 2).from_gram(gram), expected)
     torch.testing.assert_close(create("pcgrad", 2).from_gram(gram), torch.stack([first, second]))
+
+
+@pytest.mark.parametrize("num_tasks", [6, 24])
+def test_projections_of_gradients_that_no_direction_agrees_with(num_tasks):
+    """A positive combination vanishes, so all projections do; the smallest weights that say so are those of the mean."""
+    jacobian = gradients("random", num_tasks)[:, : num_tasks // 4]
+    jacobian[-1] = -jacobian[:-1].sum(0)
+    gram = jacobian @ jacobian.T
+    for weigh in (lambda name: create(name, num_tasks).from_gram(gram), lambda name: interpreted(name, gram)):
+        upgrad, dualproj = weigh("upgrad"), weigh("dualproj")
+        assert torch.equal(upgrad, dualproj)
+        assert float((upgrad @ jacobian).norm()) <= 1e-9 * float(jacobian.norm())
+        assert float(upgrad.min()) >= 1 / num_tasks
+    beside_another = torch.block_diag(gram, torch.eye(1).double())
+    assert not torch.equal(*(create(name, num_tasks + 1).from_gram(beside_another) for name in ("upgrad", "dualproj")))
 
 
 # ---- projections, compiled ------------------------------------------------------------------------------------------

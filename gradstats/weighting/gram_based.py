@@ -373,7 +373,8 @@ class UPGrad(_Projection):
 
     Every ``g_i / T`` is projected onto the cone of directions that conflict with no gradient, and the projections are
     added, so ``G w ≥ 0``: ``w = Σ_i argmin vᵀ G v`` over ``v ≥ e_i / T``. Without conflict all weights are ``1/T``, as
-    is that of a zero gradient.
+    is that of a zero gradient. Where a positive combination of the gradients vanishes, every projection is zero, and we
+    take the weights of :class:`DualProj`, which are the smallest that say so.
 
     Args:
         num_tasks: Number of tasks ``T``.
@@ -391,10 +392,13 @@ class UPGrad(_Projection):
     EACH = True
 
     def _solve(self, gradients: Gradients) -> Array:
-        lengths = gradients.lengths
-        units = solvers.dual_cone(gradients.cosine, np.eye(len(lengths)))  # of unit gradients; the cone has no scale
-        weights: Array = (lengths @ units) / lengths
-        return weights / gradients.num_known
+        cosine, lengths = gradients.cosine, gradients.lengths
+        units = solvers.dual_cone(cosine, lengths[None])[0]  # that of the mean
+        if not solvers.vanishes(cosine, units):
+            units = lengths @ solvers.dual_cone(
+                cosine, np.eye(len(lengths))
+            )  # of unit gradients; the cone has no scale
+        return units / lengths / gradients.num_known
 
 
 class DualProj(_Projection):

@@ -23,6 +23,7 @@ RIDGE = 1e-12
 _STATIONARY = 1e-6  # a convex combination this short, beside the shortest gradient, counts as zero
 _BLOCK = 2**18  # entries of all systems that are solved at once
 _EXCHANGES = 8  # rounds in which all that is wrong is exchanged
+_SHIFTS = tuple(0.05 / 1.6**i for i in range(14))  # of the diagonal, in the rounds after these
 
 
 def positive_definite(cosine: Array) -> Array:
@@ -42,9 +43,11 @@ def nonnegative_qp(matrix: Array, linear: Array, guess: Mask | None = None) -> A
 
     Block principal pivoting (Júdice & Pires, 1994; for many right-hand sides Kim & Park, 2011): guess which entries are
     positive, solve for those, exchange the entries that contradict the guess, repeat; one or two rounds are usual. All
-    problems advance at once. Exchanging everything may cycle, so that after some rounds single entries are exchanged:
-    the most wrong one, and at last, which is slow but sure to end (Murty's rule), that of the highest index. The
-    numbers of rounds are our choice. ``csrc/cpu/dual_cone.cpp`` does the same.
+    problems advance at once. Exchanging everything may cycle, as it does where more entries are guessed than there are
+    independent ones. So after some rounds the guess is led there by easier problems, with ever less added to the
+    diagonal; and where that has not helped single entries are exchanged: the most wrong one, and at last, which is slow
+    but sure to end (Murty's rule), that of the highest index. The numbers of rounds and the shifts are our choice.
+    ``csrc/cpu/dual_cone.cpp`` does the same.
 
     Args:
         matrix: ``A``, positive definite with entries of order 1, ``[T, T]``.
@@ -58,42 +61,53 @@ def nonnegative_qp(matrix: Array, linear: Array, guess: Mask | None = None) -> A
     passive = linear > 0.0 if guess is None else guess.copy()
     solution = np.zeros_like(linear)
     todo = np.arange(num_problems)
-    for count in range(20 * num_tasks):
+    shifts = (0.0,) * _EXCHANGES + _SHIFTS
+    all_wrong = len(shifts) + _EXCHANGES
+    for count in range(all_wrong + 20 * num_tasks):
+        shift = shifts[count] if count < len(shifts) else 0.0
         tried = passive[todo]
-        found = _solved_on(matrix, linear[todo], tried)
-        solution[todo] = np.maximum(found, 0.0)
+        found = _solved_on(matrix, linear[todo], tried, shift)
         slack = np.where(tried, found, found @ matrix - linear[todo])
-        if slack.min() >= 0.0:
-            break
+        if not shift:
+            solution[todo] = np.maximum(found, 0.0)
+            if slack.min() >= 0.0:
+                break
         wrong = slack < -1e-10 * (1.0 + np.abs(found).max(1, keepdims=True))
-        left = wrong.any(1)
-        if not left.any():
-            break
-        todo, wrong, slack = todo[left], wrong[left], slack[left]
-        if count >= _EXCHANGES:
+        if not shift:
+            left = wrong.any(1)
+            if not left.any():
+                break
+            todo, wrong, slack = todo[left], wrong[left], slack[left]
+        if count >= all_wrong:
             last = num_tasks - 1 - wrong[:, ::-1].argmax(1)
-            single = slack.argmin(1) if count < _EXCHANGES + num_tasks else last
+            single = slack.argmin(1) if count < all_wrong + num_tasks else last
             wrong &= np.arange(num_tasks) == single[:, None]
         passive[todo] ^= wrong
     return solution
 
 
-def _solved_on(matrix: Array, linear: Array, passive: Mask) -> Array:
-    """Solve every problem on its passive entries, the others being zero; all in one size, filled up by the identity."""
+def _solved_on(matrix: Array, linear: Array, passive: Mask, shift: float) -> Array:
+    """Solve every problem on its passive entries, the others being zero, with ``shift`` added to the diagonal.
+
+    All are brought to one size, filled up by the identity.
+    """
     result = np.zeros_like(linear)
     if len(linear) == 1:  # nothing to fill up
         inside = np.flatnonzero(passive[0])
-        result[0, inside] = np.linalg.solve(matrix[inside[:, None], inside], linear[0, inside])
+        block = matrix[inside[:, None], inside]
+        block.ravel()[:: len(inside) + 1] += shift
+        result[0, inside] = np.linalg.solve(block, linear[0, inside])
         return result
     most = max(1, _BLOCK // matrix.size)
     if len(linear) > most:
         parts = [slice(i, i + most) for i in range(0, len(linear), most)]
-        return np.concatenate([_solved_on(matrix, linear[part], passive[part]) for part in parts])
+        return np.concatenate([_solved_on(matrix, linear[part], passive[part], shift) for part in parts])
     size = int(passive.sum(1).max())
     index = np.argsort(~passive, axis=1, kind="stable")[:, :size]
     rows = np.arange(len(linear))[:, None]
     outside = ~passive[rows, index]
     blocks = matrix[index[:, :, None], index[:, None, :]]
+    blocks.reshape(len(linear), -1)[:, :: size + 1] += shift
     targets = linear[rows, index]
     if outside.any():
         blocks[outside] = 0.0
@@ -118,6 +132,16 @@ def dual_cone(cosine: Array, targets: Array) -> Array:
     if slopes.min() >= 0.0:  # no conflict, nothing to solve
         return targets
     return targets + nonnegative_qp(positive_definite(cosine), -slopes)
+
+
+def vanishes(cosine: Array, units: Array) -> bool:
+    """Whether a combination of the unit gradients is no longer than ``RIDGE`` alone would leave it.
+
+    Args:
+        cosine: ``[T, T]``.
+        units: Its coefficients, as :func:`dual_cone` finds them, ``[T]``.
+    """
+    return bool(units @ cosine @ units <= 4.0 * RIDGE * (units @ units))
 
 
 def shortest(norms: Array, cosine: Array) -> Array:
