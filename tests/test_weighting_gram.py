@@ -255,7 +255,7 @@ def test_projections_of_two_tasks_are_the_closed_form(seed):
 
 @pytest.mark.parametrize("num_tasks", [6, 24])
 def test_projections_of_gradients_that_no_direction_agrees_with(num_tasks):
-    """A positive combination vanishes, so all projections do; the smallest weights that say so are those of the mean."""
+    """A positive combination vanishes, so all projections do; the weights are those of the mean's."""
     jacobian = gradients("random", num_tasks)[:, : num_tasks // 4]
     jacobian[-1] = -jacobian[:-1].sum(0)
     gram = jacobian @ jacobian.T
@@ -774,7 +774,7 @@ def test_mgda_gives_all_weight_to_zero_gradients():
         ("nash_mtl", [8**-0.5, 8**-0.5], None),
         ("fairgrad", [4 ** (-2 / 3) / 2 ** (2 / 3)] * 2, None),
         ("aligned_mtl", [2**0.5 / 2**0.5, 1], [0, 0]),
-        ("upgrad", [0.5, 0.5], [1, 1]),
+        ("upgrad", [0.5, 0.5], [0.5, 0.5]),
         ("dualproj", [0.5, 0.5], [0.5, 0.5]),
         ("config", [1, 1], [0, 0]),
         ("sdmgrad", [0.5, 0.5], [0.5, 0.5]),

@@ -373,8 +373,8 @@ class UPGrad(_Projection):
 
     Every ``g_i / T`` is projected onto the cone of directions that conflict with no gradient, and the projections are
     added, so ``G w ≥ 0``: ``w = Σ_i argmin vᵀ G v`` over ``v ≥ e_i / T``. Without conflict all weights are ``1/T``, as
-    is that of a zero gradient. Where a positive combination of the gradients vanishes, every projection is zero, and we
-    take the weights of :class:`DualProj`, which are the smallest that say so.
+    is that of a zero gradient. Where a positive combination of the gradients vanishes every projection is zero, and we
+    take the weights of :class:`DualProj`, whose combination vanishes too and which are smaller.
 
     Args:
         num_tasks: Number of tasks ``T``.
