@@ -36,9 +36,11 @@ EXPONENTS = {
     "dualproj": 0.0,
     "config": 0.0,
     "sdmgrad": 0.0,
+    "pcd": 0.0,
+    "krum": 0.0,
 }
 NAMES = (*EXPONENTS, "modo")
-STATEFUL = ("pcgrad", "gradvac", "sdmgrad", "modo")
+STATEFUL = ("pcgrad", "gradvac", "sdmgrad", "modo", "pcd")
 KINDS = ("random", "agreeing", "conflicting", "scaled", "dependent", "square")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -637,6 +639,89 @@ def test_two_batch_options_are_checked(name, option, value):
         create(name, 2, **{option: value})
 
 
+# ---- unequal gradients ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_tasks", [2, 3, 9, 30])
+def test_pcd_is_the_nearest_direction_with_progress(kind, num_tasks):
+    """KKT, on gradients divided by the roots of their mean squares: here, at the first step, by their norms."""
+    jacobian, primary, tau = gradients(kind, num_tasks), num_tasks - 1, 0.1
+    gram, units = jacobian @ jacobian.T, jacobian / jacobian.norm(dim=1, keepdim=True)
+    weights = create("pcd", num_tasks, primary=primary, tau=tau).from_gram(gram)
+    direction = weights @ jacobian
+    assert float(direction.norm()) == pytest.approx(float(jacobian[primary].norm()))
+    multipliers = weights * jacobian.norm(dim=1)
+    if kind == "dependent" and (multipliers[:-1] == 0).all():  # no direction meets all constraints
+        return
+    size = float(direction.norm() / multipliers[primary] * units[primary].norm() ** 2)
+    slack = units @ direction * float(1 / multipliers[primary]) - tau
+    multipliers = multipliers / multipliers[primary]
+    assert float(multipliers.min()) >= 0
+    assert float(slack[:-1].min()) >= -1e-6 * size
+    assert float((slack * multipliers)[:-1].abs().max()) <= 1e-6 * size * float(multipliers.max())
+
+
+@pytest.mark.parametrize("kind", ["random", "agreeing", "conflicting", "uneven"])
+@pytest.mark.parametrize("tau", [0.0, 0.02, 0.7])
+def test_pcd_follows_torchjd(kind, tau):
+    weighting, theirs = create("pcd", 6, tau=tau, beta=0.9), jd.PCDWeighting(tau, 0.9, 0.0)
+    for seed in range(5):  # with the same moving averages
+        gram = gram_of(kind, 6, seed)
+        torch.testing.assert_close(weighting.from_gram(gram), theirs(gram), rtol=1e-6, atol=1e-9)
+
+
+def test_pcd_where_there_is_no_such_direction():
+    opposite = torch.tensor([[1.0, 0.5, -0.5], [0.5, 1.0, -1.0], [-0.5, -1.0, 1.0]], dtype=torch.float64)
+    assert create("pcd", 3).from_gram(opposite).tolist() == [1, 0, 0]
+    assert create("pcd", 3, primary=1).from_gram(DEGENERATE["one zero"]).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("num_byzantine", "num_selected"), [(0, 1), (1, 1), (2, 3)])
+def test_krum_selects_the_gradients_nearest_to_others(num_byzantine, num_selected):
+    for kind, seed in itertools.product(("random", "conflicting", "uneven"), range(4)):
+        jacobian = gradients(kind, 7, seed)
+        options = {"num_byzantine": num_byzantine, "num_selected": num_selected}
+        weights = create("krum", 7, **options).from_gram(jacobian @ jacobian.T)
+        nearest = torch.cdist(jacobian, jacobian).sort(1).values[:, 1 : 7 - num_byzantine - 1]
+        assert set(weights.nonzero().flatten().tolist()) == set(nearest.sum(1).argsort()[:num_selected].tolist())
+        assert set(weights.tolist()) == {0, 1 / num_selected}
+        assert torch.equal(weights, jd.KrumWeighting(num_byzantine, num_selected)(jacobian @ jacobian.T))
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("pcd", "primary", 3),
+        ("pcd", "tau", 1.5),
+        ("pcd", "beta", 1.0),
+        ("krum", "num_byzantine", 3),
+        ("krum", "num_selected", 0),
+        ("cr_mogm", "alpha", 1.1),
+    ],
+)
+def test_other_options_are_checked(name, option, value):
+    with pytest.raises(ValueError, match=f"{option}: expected .* got {value}"):
+        create(name, 3, **{option: value})
+
+
+@pytest.mark.parametrize("name", ["upgrad", "famo"])
+def test_cr_mogm_averages_the_weights_of_another(name):
+    weighting, other = create("cr_mogm", 4, weighting=name, alpha=0.7), create(name, 4)
+    theirs = jd.CRMOGMWeighting(jd.ConstantWeighting(torch.ones(4)), 0.7)
+    assert weighting.needs == other.needs
+    for seed in range(4):
+        losses, stats = torch.rand(4).double() + 0.1, stats_of(gram_of("conflicting", 4, seed))
+        theirs.weighting = jd.ConstantWeighting(other(losses, stats))
+        torch.testing.assert_close(weighting(losses, stats), theirs(stats.gram))
+        weighting.after_step(losses / 2)
+        other.after_step(losses / 2)
+    if weighting.wants_stats():
+        assert torch.equal(weighting(losses, None), weighting.weights)
+    with pytest.raises(TypeError, match="weighting: expected a name or a Weighting, got int"):
+        create("cr_mogm", 4, weighting=3)
+
+
 # ---- what all have in common ----------------------------------------------------------------------------------------
 
 
@@ -649,6 +734,8 @@ def test_permuting_tasks_permutes_weights(name, monkeypatch):
         back = order.argsort().numpy()
         monkeypatch.setattr(weighting, "_orders", lambda count: drawn)
         monkeypatch.setattr(permuted, "_orders", lambda count: back[drawn[order.numpy()]])
+    if name == "pcd":
+        permuted.primary = int(order.argsort()[weighting.primary])
     weights = weighting.from_gram(gram)
     torch.testing.assert_close(permuted.from_gram(gram[order][:, order]), weights[order], rtol=1e-7, atol=1e-9)
 
@@ -745,7 +832,7 @@ def test_degenerate_input_has_a_finite_answer(name, case):
 ZERO_GRADIENT = {"exact_slw": 1, "pcgrad": 1, "gradvac": 1, "cagrad": 1 / 3, "upgrad": 1 / 3, "dualproj": 1 / 3}
 
 
-@pytest.mark.parametrize("name", [name for name in EXPONENTS if name not in ("mgda", "sdmgrad")])
+@pytest.mark.parametrize("name", [name for name in EXPONENTS if name not in ("mgda", "sdmgrad", "krum")])
 def test_a_zero_gradient_is_weighted_as_documented(name):
     gram = DEGENERATE["one zero"]
     weights, without = (create(name, n).from_gram(g) for n, g in ((3, gram), (2, gram[::2, ::2])))
@@ -961,7 +1048,7 @@ def test_facts_are_those_of_the_class(name):
     weighting, uses = create(name, 3), facts(name).uses
     assert ("gramian" in weighting.needs) == any(part in uses for part in ("G", "J₁J₂ᵀ"))
     assert ("state" in uses) == any(
-        len(getattr(weighting, n).shape) for n in weighting.STATE if n in ("point", "targets")
+        len(getattr(weighting, n).shape) for n in weighting.STATE if n in ("point", "targets", "squares")
     )
     assert ("random" in uses) == hasattr(weighting, "seed")
     weights = torch.cat([create(name, 4).from_gram(gram_of("conflicting", 4, seed)) for seed in range(8)])

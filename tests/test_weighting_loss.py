@@ -16,7 +16,8 @@ from gradstats.data.digits import overlaid_digits
 from gradstats.weighting import available, create
 from gradstats.weighting.loss_based import group_means
 
-NAMES = ("uw", "imtl_l", "imtl", "gradnorm", "famo", "dwa", "rlw", "gls", "stch", "go4align", "db_mtl")
+NAMES = ("uw", "imtl_l", "imtl", "gradnorm", "famo", "dwa", "rlw", "gls", "stch", "cosmos", "pbi", "go4align", "db_mtl")
+SIGNED = ("imtl", "cosmos", "pbi")  # whose weights may be negative
 #: Small windows, fast learning: everything there is happens within a few steps.
 OPTIONS = {
     "uw": {"lr": 0.05},
@@ -25,6 +26,9 @@ OPTIONS = {
     "dwa": {"window": 4},
     "stch": {"warm_up": 5},
     "go4align": {"beta": 0.1},
+    "pbi": {"theta": 0.5},
+    "pcd": {"tau": 1.0},  # by default of little use to the task that comes second
+    "krum": {"num_selected": 2},
     "fixed": {"weights": [1.0, 2.0]},
     "autoscale": {"total_steps": 50},
 }
@@ -99,6 +103,21 @@ def test_stch_after_a_warm_up_works_on_relative_log_losses():
             expected = gradient_of(lambda x: 3 * 0.5 * torch.logsumexp(((x - ideal) / mean).log() / 0.5, 0), losses)
         assert_close(found[step], expected)
         assert_close((found[step] * (losses - ideal)).sum(), vector(3.0)[0])
+
+
+@pytest.mark.parametrize("preference", [None, [0.2, 3.0, 1.0]])
+def test_cosmos_and_pbi_are_the_gradients_of_their_functions(preference):
+    scalarization, wanted = torchjd.scalarization, vector(*(preference or [1.0, 1.0, 1.0]))
+    for losses, _ in steps_of():
+        cosmos = create("cosmos", 3, strength=2.0, preference=preference)
+        assert_close(cosmos(losses), gradient_of(scalarization.COSMOS(2.0, wanted), losses))
+        pbi = create("pbi", 3, preference=preference, ideal=[-1.0, 0.0, 0.1])
+        reference = vector(-1.0, 0.0, 0.1)
+        assert_close(pbi(losses), gradient_of(scalarization.PBI(5.0, wanted, reference), losses), rtol=1e-9)
+    # In the preferred proportion there is nothing to turn, however small or large the losses.
+    for scale in (1e-300, 1.0, 1e300):
+        assert_close(create("cosmos", 3, preference=preference)(scale * wanted) / wanted, vector(1, 1, 1), rtol=1e-9)
+        assert_close(create("pbi", 3, preference=preference)(scale * wanted), wanted / wanted.norm())
 
 
 def test_db_mtl_equalises_the_gradients_of_the_log_losses():
@@ -440,7 +459,7 @@ def test_odd_losses_give_finite_weights_and_do_no_lasting_harm(name, odd):
     for losses, gram in [*steps[:12], (vector(*odd), steps[0][1]), *steps[12:]]:
         weights = weighting(losses, stats_of(gram) if weighting.wants_stats() else None)
         assert weights.isfinite().all()
-        assert name == "imtl" or (weights >= 0).all()
+        assert name in SIGNED or (weights >= 0).all()
     assert (weights != 0).all()
 
 
@@ -448,7 +467,7 @@ def test_odd_losses_give_finite_weights_and_do_no_lasting_harm(name, odd):
     ("name", "odd"),
     [
         *itertools.product(["gls", "go4align", "db_mtl", "famo"], [math.nan, 0.0, -3.0, math.inf]),
-        *itertools.product(["stch"], [math.nan, math.inf]),  # whose function takes any finite loss
+        *itertools.product(["stch", "cosmos", "pbi"], [math.nan, math.inf]),  # whose functions take any finite loss
     ],
 )
 def test_a_task_left_out_keeps_its_weight_and_leaves_the_others_alone(name, odd):
@@ -461,7 +480,7 @@ def test_a_task_left_out_keeps_its_weight_and_leaves_the_others_alone(name, odd)
     assert weights[1] == before
 
 
-@pytest.mark.parametrize("name", ["uw", "imtl_l", "imtl", "famo", "gls", "stch", "go4align", "db_mtl"])
+@pytest.mark.parametrize("name", ["uw", "imtl_l", "imtl", "famo", "gls", "stch", "cosmos", "pbi", "go4align", "db_mtl"])
 def test_a_task_that_never_has_a_loss_changes_nothing_for_the_others(name):
     rest, others = torch.tensor([0, 2]), torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
     steps = steps_of()
@@ -535,6 +554,10 @@ def test_state_continues_exactly(name, stop, tmp_path):
         ("stch", {"preference": [1.0, 0.0]}, "preference: expected 2 positive numbers"),
         ("stch", {"ideal": [0.0, math.inf]}, "ideal: expected 2 finite numbers"),
         ("stch", {"warm_up": 0}, "warm_up: expected a positive integer, got 0"),
+        ("cosmos", {"strength": -1.0}, "strength: expected a finite number that is not negative, got -1.0"),
+        ("cosmos", {"preference": [1.0, -1.0]}, "preference: expected 2 positive numbers"),
+        ("pbi", {"theta": math.inf}, "theta: expected a finite number that is not negative, got inf"),
+        ("pbi", {"ideal": [0.0]}, "ideal: expected 2 finite numbers"),
         ("go4align", {"num_groups": 3}, "num_groups: expected an integer from 1 to 2, got 3"),
         ("go4align", {"beta": -1.0}, "beta: expected a finite number that is not negative, got -1.0"),
         ("uw", {"lr": 0.0}, "lr: expected a positive number, got 0.0"),

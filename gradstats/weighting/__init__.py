@@ -26,10 +26,12 @@ from gradstats.weighting.gram_based import (
     UPGrad,
 )
 from gradstats.weighting.learned import FAMO, IMTL, IMTLL, UW, GradNorm
-from gradstats.weighting.loss_based import DBMTL, DWA, GLS, RLW, STCH, GO4Align
+from gradstats.weighting.loss_based import COSMOS, DBMTL, DWA, GLS, PBI, RLW, STCH, GO4Align
 from gradstats.weighting.slaw import SLAW
+from gradstats.weighting.smoothed import CRMOGM
 from gradstats.weighting.surgery import GradVac, PCGrad
 from gradstats.weighting.two_batch import MoDo, SDMGrad
+from gradstats.weighting.unequal import PCD, Krum
 
 _BY_NAME: dict[str, type[Weighting]] = {
     "uniform": Uniform,
@@ -42,6 +44,8 @@ _BY_NAME: dict[str, type[Weighting]] = {
     "gls": GLS,
     "famo": FAMO,
     "stch": STCH,
+    "cosmos": COSMOS,
+    "pbi": PBI,
     "imtl": IMTL,
     "imtl_l": IMTLL,
     "gradnorm": GradNorm,
@@ -61,9 +65,14 @@ _BY_NAME: dict[str, type[Weighting]] = {
     "config": ConFIG,
     "sdmgrad": SDMGrad,
     "modo": MoDo,
+    "pcd": PCD,
+    "krum": Krum,
+    "cr_mogm": CRMOGM,
 }
 
 __all__ = [
+    "COSMOS",
+    "CRMOGM",
     "DBMTL",
     "DWA",
     "FAMO",
@@ -72,6 +81,8 @@ __all__ = [
     "IMTLG",
     "IMTLL",
     "MGDA",
+    "PBI",
+    "PCD",
     "RLW",
     "SLAW",
     "STCH",
@@ -88,6 +99,7 @@ __all__ = [
     "GO4Align",
     "GradNorm",
     "GradVac",
+    "Krum",
     "MoDo",
     "NashMTL",
     "PCGrad",

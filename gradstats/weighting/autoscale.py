@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradstats.stats import GradStats
-from gradstats.weighting.base import Facts, Weighting
+from gradstats.weighting.base import Facts, Weighting, checked_weighting
 from gradstats.weighting.condition import least_condition
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ class AutoScale(Weighting):
             affordable = int(_RECORDED_SHARE * total_steps) // self.windows
             samples_per_window = min(_MOST_SAMPLES, max(1, affordable))
         self.samples_per_window = samples_per_window
-        self.explorer = _explorer(explore_with, num_tasks)
+        self.explorer = None if explore_with is None else checked_weighting("explore_with", explore_with, num_tasks)
         if self.explorer is not None:
             self.weights = self.explorer.weights
         self.step = 0
@@ -365,19 +365,6 @@ class AutoScale(Weighting):
         if self.normalize == "loss":
             return weights.abs() @ _magnitudes(losses)
         return weights @ gram @ weights
-
-
-def _explorer(explore_with: str | Weighting | None, num_tasks: int) -> Weighting | None:
-    """The weighting that ``explore_with`` names, checked."""
-    if isinstance(explore_with, str):
-        from gradstats.weighting import create  # which knows this module, too
-
-        return create(explore_with, num_tasks)
-    if explore_with is not None and not isinstance(explore_with, Weighting):
-        raise TypeError(f"explore_with: expected a name or a Weighting, got {type(explore_with).__name__}")
-    if explore_with is not None and explore_with.num_tasks != num_tasks:
-        raise ValueError(f"explore_with: expected one for {num_tasks} tasks, got one for {explore_with.num_tasks}")
-    return explore_with
 
 
 def mean_of_known(grams: Tensor) -> Tensor:

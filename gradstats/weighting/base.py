@@ -164,3 +164,16 @@ def checked_numbers(name: str, values: Sequence[float] | None, count: int, *, de
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
         raise ValueError(f"{name}: expected {count} finite numbers, got {numbers}")
     return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
+def checked_weighting(name: str, weighting: str | Weighting, num_tasks: int) -> Weighting:
+    """The weighting that an option holds or names, or an error that names the option."""
+    if isinstance(weighting, str):
+        from gradstats.weighting import create  # which knows this module, too
+
+        return create(weighting, num_tasks)
+    if not isinstance(weighting, Weighting):
+        raise TypeError(f"{name}: expected a name or a Weighting, got {type(weighting).__name__}")
+    if weighting.num_tasks != num_tasks:
+        raise ValueError(f"{name}: expected one for {num_tasks} tasks, got one for {weighting.num_tasks}")
+    return weighting

@@ -120,8 +120,7 @@ class DirectionWeighting(GramianWeighting):
         squares = gram.diagonal()
         if math.isfinite(gram.sum()) and squares.min() > 0.0:
             return self._solve(_gradients(gram, np.arange(len(gram)), len(gram)))
-        known = np.isfinite(squares)
-        known &= np.isfinite(gram[:, known]).all(1)
+        known = known_tasks(gram)
         moving = np.flatnonzero(known & (squares > 0.0))
         num_known = int(known.sum())
         weights: Array = np.where(known, self._idle(num_known), 0.0)
@@ -136,6 +135,12 @@ class DirectionWeighting(GramianWeighting):
     @abstractmethod
     def _solve(self, gradients: Gradients) -> Array:
         """The weights ``[M]`` of the gradients."""
+
+
+def known_tasks(gram: Array) -> NDArray[np.bool_]:
+    """Which tasks count, ``[T]``: those with finite products among each other."""
+    known = np.isfinite(gram.diagonal())
+    return np.asarray(known & np.isfinite(gram[:, known]).all(1))
 
 
 def _gradients(gram: Array, tasks: NDArray[np.intp], num_known: int) -> Gradients:
@@ -393,12 +398,12 @@ class UPGrad(_Projection):
 
     def _solve(self, gradients: Gradients) -> Array:
         cosine, lengths = gradients.cosine, gradients.lengths
-        units = solvers.dual_cone(cosine, lengths[None])[0]  # that of the mean
+        units = solvers.dual_cone(cosine, lengths[None])[0]  # those of the mean's projection
         if not solvers.vanishes(cosine, units):
-            units = lengths @ solvers.dual_cone(
-                cosine, np.eye(len(lengths))
-            )  # of unit gradients; the cone has no scale
-        return units / lengths / gradients.num_known
+            each = solvers.dual_cone(cosine, np.eye(len(lengths)))  # of unit gradients, as the cone has no scale
+            units = lengths @ each
+        weights: Array = units / lengths
+        return weights / gradients.num_known
 
 
 class DualProj(_Projection):

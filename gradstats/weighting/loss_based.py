@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Distribution = Literal["normal", "dirichlet"]
 
+_ASIDE = 1e-14  # what two unit vectors differ by in rounding
 _AHEAD = 64  # steps whose random weights are drawn together, which takes hardly longer than those of one
 
 
@@ -38,8 +39,8 @@ class _LossBased(Weighting):
         return frozenset({"losses"})
 
     def _renewed(self, weights: Tensor, known: Tensor) -> Tensor:
-        """Take over the weights of the tasks that are known, none of them negative; those of the others stay."""
-        self.weights = torch.where(known & (weights < torch.inf), weights, self.weights)  # NaN is not
+        """Take over the weights of the tasks that are known; those of the others stay."""
+        self.weights = torch.where(known & (weights.abs() < torch.inf), weights, self.weights)  # NaN is not
         return self.weights
 
 
@@ -231,9 +232,7 @@ class STCH(_LossBased):
         if warm_up is not None and (not isinstance(warm_up, int) or warm_up < 1):
             raise ValueError(f"warm_up: expected a positive integer, got {warm_up!r}")
         self.mu, self.warm_up = checked_positive("mu", mu), warm_up
-        self.preference = checked_numbers("preference", preference, num_tasks, default=1.0)
-        if not (self.preference > 0).all():
-            raise ValueError(f"preference: expected {num_tasks} positive numbers, got {preference}")
+        self.preference = _preference(preference, num_tasks)
         self.ideal = checked_numbers("ideal", ideal, num_tasks, default=0.0)
         self.step = 0
         self.sums, self.counts = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
@@ -260,6 +259,107 @@ class STCH(_LossBased):
         """Derivatives ``T λ softmax(λ f / μ)`` over the known tasks, float64 ``[T]``; ``T`` is their number."""
         exponents = torch.where(known, self.preference * objectives / self.mu, -torch.inf)
         return known.sum() * self.preference * torch.softmax(exponents, 0)
+
+
+class COSMOS(_LossBased):
+    """COSMOS (Ruchte & Grabocka, arXiv 2103.13392): the weighted sum of the losses, in a preferred proportion.
+
+    The gradient of ``Σ_i r_i L_i - strength · cos(r, L)`` with the preference ``r`` is the weighted sum with
+    ``w_i = r_i - strength · ∂cos/∂L_i``, and these are the weights here; they may be negative. The paper draws new
+    preferences at every step and hands them to the network, too: that is the caller's part, who may set the attribute.
+
+    Args:
+        num_tasks: Number of tasks ``T``.
+        strength: ``λ``, not negative; 0.01 to 8 in the paper. 1 is our default.
+        preference: ``r``, ``T`` positive numbers; None for ones.
+
+    Attributes:
+        preference: Float64 ``[T]``.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+
+    FACTS = Facts(
+        title="COSMOS",
+        paper="arXiv 2103.13392",
+        uses="L",
+        cost="O(T)",
+        sign="any",
+        tested="TorchJD",
+    )
+
+    def __init__(self, num_tasks: int, *, strength: float = 1.0, preference: Sequence[float] | None = None) -> None:
+        super().__init__(num_tasks)
+        if not 0.0 <= strength < math.inf:
+            raise ValueError(f"strength: expected a finite number that is not negative, got {strength!r}")
+        self.strength, self.preference = strength, _preference(preference, num_tasks)
+
+    def forward(self, losses: Tensor, stats: GradStats | None = None) -> Tensor:
+        """The weights of the current losses."""
+        self._move_state(losses.device)
+        self.preference = self.preference.to(losses.device)
+        known = losses.isfinite()
+        preferred = _direction(torch.where(known, self.preference, 0.0))[0]
+        direction, length = _direction(torch.where(known, losses, 0.0))
+        aside = _aside(preferred, direction)
+        slope = torch.where(length > 0, aside / length, 0.0)  # of the cosine
+        return self._renewed(self.preference - self.strength * slope, known)
+
+
+class PBI(_LossBased):
+    """Penalty-based boundary intersection (Zhang & Li, 2007, doi 10.1109/TEVC.2007.892759).
+
+    With ``f = L - ideal`` and the unit vector ``r̂`` of the preference ``r`` it minimises ``d₁ + theta d₂``, where
+    ``d₁ = f·r̂`` is the length along the preferred proportion and ``d₂ = ‖f - d₁ r̂‖`` the distance from it. The gradient
+    is the weighted sum with ``w = r̂ + theta (f - d₁ r̂) / d₂``, ``r̂`` where ``d₂`` is lost in rounding; these are the
+    weights here, and may be negative.
+
+    Args:
+        num_tasks: Number of tasks ``T``.
+        theta: Penalty, not negative; 5 in the paper.
+        preference: ``r``, ``T`` positive numbers; None for ones.
+        ideal: ``T`` finite numbers that the losses cannot go below; None for zeros.
+
+    Attributes:
+        preference: Float64 ``[T]``.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+
+    FACTS = Facts(
+        title="PBI",
+        paper="doi 10.1109/TEVC.2007.892759",
+        uses="L",
+        cost="O(T)",
+        sign="any",
+        tested="TorchJD",
+    )
+
+    def __init__(
+        self,
+        num_tasks: int,
+        *,
+        theta: float = 5.0,
+        preference: Sequence[float] | None = None,
+        ideal: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(num_tasks)
+        if not 0.0 <= theta < math.inf:
+            raise ValueError(f"theta: expected a finite number that is not negative, got {theta!r}")
+        self.theta, self.preference = theta, _preference(preference, num_tasks)
+        self.ideal = checked_numbers("ideal", ideal, num_tasks, default=0.0)
+
+    def forward(self, losses: Tensor, stats: GradStats | None = None) -> Tensor:
+        """The weights of the current losses."""
+        self._move_state(losses.device)
+        self.preference, self.ideal = self.preference.to(losses.device), self.ideal.to(losses.device)
+        gaps = losses - self.ideal
+        known = gaps.isfinite()
+        preferred = _direction(torch.where(known, self.preference, 0.0))[0]
+        direction = _direction(torch.where(known, gaps, 0.0))[0]
+        return self._renewed(preferred + self.theta * _direction(_aside(direction, preferred))[0], known)
 
 
 class GO4Align(_LossBased):
@@ -346,6 +446,27 @@ class DBMTL(_LossBased):
         known = (losses > 0) & losses.isfinite() & (norms > 0) & norms.isfinite()
         largest = torch.where(known, norms / losses, 0.0).max()
         return self._renewed(largest / norms, known)
+
+
+def _preference(preference: Sequence[float] | None, num_tasks: int) -> Tensor:
+    numbers = checked_numbers("preference", preference, num_tasks, default=1.0)
+    if not (numbers > 0).all():
+        raise ValueError(f"preference: expected {num_tasks} positive numbers, got {preference}")
+    return numbers
+
+
+def _direction(vector: Tensor) -> tuple[Tensor, Tensor]:
+    """A vector ``[T]`` scaled to unit length, and its length, whatever their scale; that of zero is zero."""
+    largest = vector.abs().max()
+    scaled = vector / torch.where(largest > 0, largest, 1.0)
+    norm = torch.linalg.vector_norm(scaled)
+    return scaled / torch.where(norm > 0, norm, 1.0), norm * largest
+
+
+def _aside(one: Tensor, other: Tensor) -> Tensor:
+    """The part of a unit vector ``[T]`` that is orthogonal to another; zero where that is rounding."""
+    part = one - one.dot(other) * other
+    return torch.where(part.abs().max() > _ASIDE, part, 0.0)
 
 
 def group_means(values: Tensor, known: Tensor, num_groups: int) -> Tensor:
