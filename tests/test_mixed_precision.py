@@ -76,13 +76,13 @@ def convolutions() -> Heads:
 
 def torch_encoder() -> Heads:
     layer = nn.TransformerEncoderLayer(32, 2, 48, dropout=0.0, batch_first=True)
-    return Heads(nn.TransformerEncoder(layer, 2), 32, torch.randn(2, 5, 32))
+    return Heads(nn.TransformerEncoder(layer, 2), 32, torch.randn(2, 2, 32))
 
 
 MODELS: dict[str, Callable[[], Heads]] = {
     "mlp": mlp,
     "convolutions": convolutions,
-    "encoder": lambda: Heads(Encoder(), 64, torch.randn(2, 5, 64)),
+    "encoder": lambda: Heads(Encoder(), 64, torch.randn(2, 3, 64)),
     "nn.TransformerEncoder": torch_encoder,
     "tied": Tied,
     "repeated": Repeated,
@@ -95,7 +95,7 @@ def seed() -> None:
 
 
 def autocast(dtype: torch.dtype = torch.bfloat16, *, cache: bool = True) -> torch.autocast:
-    return torch.autocast("cpu", dtype=dtype, cache_enabled=cache)
+    return torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32, cache_enabled=cache)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -130,6 +130,14 @@ def test_the_plan_is_that_of_full_precision_for_half_the_bytes(name: str) -> Non
     assert sum(len(step.factored) for step in cast.steps) == sum(len(step.factored) for step in full.steps)
     assert len(cast.steps) >= len(full.steps) - 1
     assert cast.bytes <= 0.75 * full.bytes
+
+
+@pytest.mark.parametrize(("dtype", "factored"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, True)])
+def test_gradients_are_formed_where_matrix_products_are_fast(dtype: torch.dtype, factored: bool) -> None:
+    model = Heads(nn.Linear(64, 64), 64, torch.randn(60, 64))
+    with autocast(dtype):
+        losses = model()
+    assert ("weight*" in str(gradstats.explain(losses, model.trunk))) == factored
 
 
 def test_segments_end_at_casts() -> None:

@@ -62,6 +62,12 @@ def test_a_linear_layer_stays_factored_where_its_cotangents_are_no_larger(
     assert plan.bytes <= formed.bytes
 
 
+@pytest.mark.parametrize(("rows", "factored"), [(64, True), (200, True), (300, False), (2048, False)])
+def test_where_matrix_products_are_cheap_gradients_are_formed_unless_rows_are_few(rows: int, factored: bool) -> None:
+    low = dataclasses.replace(layer(rows, 1024, 1024), itemsize=2, cost=0.3)
+    assert bool(make_plan([HEADS, segment(low)]).steps[1].factored) == factored
+
+
 def test_a_linear_layer_too_narrow_for_the_kernel_is_formed() -> None:
     for fan_out, factored in ((8, {0}), (4, set()), (1, set())):
         assert make_plan([segment(layer(256, 256, fan_out))]).steps[0].factored == factored

@@ -21,8 +21,8 @@ _BATCHED_BYTES = 1 << 19
 SMALL_BYTES = 1 << 20
 #: What one operation of a QR decomposition in float64 costs in those of a matrix product in float32, as measured.
 _QR_COST = 8
-#: What one operation of ``ops.linear_gram`` costs in those of the formed way, as measured, and the multiples of outputs
-#: and inputs in which it works.
+#: What one operation of ``ops.linear_gram`` costs in those of the formed way in float32, as measured, and the multiples
+#: of outputs and inputs in which it works.
 _IN_CACHE_COST, _OUTPUTS, _INPUTS = 0.5, 8, 32
 
 
@@ -37,6 +37,7 @@ class LeafFacts:
         products: Multiply-adds that one task's gradient takes.
         factors: Rows, fan-in and fan-out of the linear layer that alone uses it, if one does.
         enters: Whether the cotangents of that layer's output are gradients that enter the segment, and so wait anyway.
+        cost: What a multiply-add of torch's matrix products costs in the gradient's dtype, relative to float32.
     """
 
     name: str
@@ -45,6 +46,7 @@ class LeafFacts:
     products: int
     factors: tuple[int, int, int] | None = None
     enters: bool = False
+    cost: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -287,9 +289,16 @@ def takes_basis(tasks: int, rows: int, fan_in: int, fan_out: int) -> bool:
 def _is_faster_factored(leaf: LeafFacts, tasks: int) -> bool:
     if leaf.factors is None:
         return False
-    _, fan_in, fan_out = leaf.factors
-    padded = -(-fan_in // _INPUTS) * _INPUTS * -(-fan_out // _OUTPUTS) * _OUTPUTS
-    return takes_basis(tasks, *leaf.factors) or _IN_CACHE_COST * padded < leaf.numel
+    rows, fan_in, fan_out = leaf.factors
+    if takes_basis(tasks, rows, fan_in, fan_out):
+        factored = _basis_operations(tasks, rows, fan_in, fan_out)
+    else:
+        factored = _linear_operations(tasks, rows, _padded(fan_in, _INPUTS), _padded(fan_out, _OUTPUTS))
+    return _IN_CACHE_COST * factored < leaf.cost * _linear_operations(tasks, rows, fan_in, fan_out)
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _formed_bytes(leaf: LeafFacts) -> int:
