@@ -120,6 +120,7 @@ class Scalarizer(nn.Module):
         self._inputs = (inputs,)  # in a tuple, so that a module given as inputs does not become a submodule
         self.grad_scaler = grad_scaler
         self._progress = _Progress()
+        self._cast = (self.weighting.weights, self.weighting.weights)  # settled weights, and as losses need them
 
     @property
     def weights(self) -> Tensor:
@@ -154,14 +155,7 @@ class Scalarizer(nn.Module):
             ValueError: If a task is unknown, the number of losses is wrong, none is given or one is not a scalar.
             TypeError: If a loss is not a tensor.
         """
-        listed = self._listed(losses)
-        means = _stacked(self._means(listed))
-        if self.training and torch.is_grad_enabled():
-            stats = self._collect(listed, owner=owner) if self.wants_stats() else None
-            weights = self._count(means, listed, stats)
-        else:
-            weights = self.weights
-        return _weighted_sum(means, weights)
+        return self._sum(*self._read(losses), owner)
 
     def backward(
         self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor, *, owner: Tensor | None = None
@@ -177,12 +171,12 @@ class Scalarizer(nn.Module):
         Returns:
             The weighted sum, detached. With a ``grad_scaler`` the gradients are those of the scaled sum.
         """
-        listed = self._listed(losses)
-        if _distributed() or not (self.training and self.wants_stats() and self._inputs_show(listed)):
-            total: Tensor = self(losses, owner=owner)
+        listed, means = self._read(losses)
+        if not (self.training and self.wants_stats() and self._inputs_show(listed)) or _distributed():
+            total = self._sum(listed, means, owner)
             torch.autograd.backward(total if self.grad_scaler is None else self.grad_scaler.scale(total))
             return total.detach()
-        weights, means = self.weights, _stacked(self._means(listed))
+        weights = self.weights
         self._count(means, listed, self._collect(listed, weights, owner=owner))
         return _weighted_sum(means, weights).detach()
 
@@ -197,13 +191,13 @@ class Scalarizer(nn.Module):
         """
         if "after_step" not in self.weighting.needs:
             return
-        listed = self._listed(losses)
-        values = _known(_stacked(self._means(listed)), listed)
+        listed, means = self._read(losses)
+        values = _known(means, listed)
         self.weighting.after_step(_mean_of_known_over_ranks(values) if _distributed() else values)
 
-    def _listed(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> list[Tensor | None]:
-        """One loss or None for each task, checked."""
-        if isinstance(losses, Mapping):
+    def _read(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> tuple[list[Tensor | None], Tensor]:
+        """One loss or None for each task, checked, and their means ``[T]`` with their graph."""
+        if isinstance(losses, (dict, Mapping)):  # "is it a Mapping?" alone takes longer than the rest
             unknown = [name for name in losses if name not in self.tasks]
             if unknown:
                 raise ValueError(f"losses: expected tasks among {list(self.tasks)}, got {unknown}")
@@ -216,6 +210,14 @@ class Scalarizer(nn.Module):
             listed = list(losses)
             if len(listed) != len(self.tasks):
                 raise ValueError(f"losses: expected {len(self.tasks)}, one per task, got {len(listed)}")
+        means = None if self.unbiased else _joined(listed)
+        if means is None:
+            self._check(listed)
+            means = _stacked(self._means(listed))
+        return listed, means
+
+    def _check(self, listed: list[Tensor | None]) -> None:
+        """Refuse losses that cannot be weighted."""
         for name, loss in zip(self.tasks, listed, strict=True):
             if loss is None:
                 continue
@@ -231,7 +233,25 @@ class Scalarizer(nn.Module):
                 raise ValueError(f"losses: expected a scalar for task {name!r}, got shape {tuple(loss.shape)}")
         if all(loss is None for loss in listed):
             raise ValueError("losses: expected at least one task's loss, got none")
-        return listed
+
+    def _sum(self, listed: list[Tensor | None], means: Tensor, owner: Tensor | None) -> Tensor:
+        """The weighted sum, and the step that it is part of."""
+        weighting = self.weighting
+        if not (self.training and torch.is_grad_enabled()):
+            return _weighted_sum(means, weighting.weights)
+        if self.accumulate == 1 and weighting.settled and not self._monitor_is_due():
+            self._progress.step += 1
+            return torch.dot(means, self._as_needed(weighting.weights, means))
+        stats = self._collect(listed, owner=owner) if self.wants_stats() else None
+        return _weighted_sum(means, self._count(means, listed, stats))
+
+    def _as_needed(self, settled: Tensor, losses: Tensor) -> Tensor:
+        """Settled weights in the dtype and on the device of ``losses``, cast once."""
+        weights, cast = self._cast
+        if weights is not settled or cast.dtype != losses.dtype or cast.device != losses.device:
+            cast = settled.to(losses)
+            self._cast = (settled, cast)
+        return cast
 
     def _means(self, listed: list[Tensor | None]) -> list[Tensor | None]:
         return [None if loss is None else loss.mean() for loss in listed] if self.unbiased else listed
@@ -354,11 +374,15 @@ def _weighting(weighting: str | Weighting, tasks: tuple[str, ...], options: dict
     return weighting
 
 
+def _joined(listed: list[Tensor | None]) -> Tensor | None:
+    """The losses ``[T]`` with their graph, if they are as most are, so that it takes no more than that."""
+    given = [loss for loss in listed if type(loss) is Tensor and loss.ndim == 0 and loss.dtype == torch.float32]
+    return torch.stack(given) if len(given) == len(listed) else None
+
+
 def _stacked(listed: list[Tensor | None]) -> Tensor:
-    """The losses ``[T]`` with their graph, at least float32, zero where there is none; as a rule in one operation."""
+    """The losses ``[T]`` with their graph, at least float32, zero where there is none."""
     given = [loss for loss in listed if loss is not None]
-    if len(given) == len(listed) and all(loss.ndim == 0 and loss.dtype == torch.float32 for loss in given):
-        return torch.stack(given)
     dtype = functools.reduce(torch.promote_types, (loss.dtype for loss in given), torch.float32)
     zero = given[0].new_zeros((), dtype=dtype)
     return torch.stack([zero if loss is None else loss.reshape(()).to(dtype) for loss in listed])

@@ -173,6 +173,7 @@ def test_autoscale_records_in_phase_1_alone_and_weighs_exactly(collections: list
         manual = sum(float(w) * loss for w, loss in zip(weights, losses.values(), strict=True))
         expected = torch.autograd.grad(manual, list(model.parameters()), retain_graph=True)
         due = scalarizer.wants_stats()
+        assert scalarizer.weighting.settled == (step >= 30)
         grams.append(oracle(losses, model.encoder) if due else None)
         loss = scalarizer(losses)
         loss.backward()
@@ -192,6 +193,20 @@ def test_autoscale_records_in_phase_1_alone_and_weighs_exactly(collections: list
         inverse = torch.exp(-norms.log().mean(0))
         torch.testing.assert_close(found, 3 * inverse / inverse.sum(), rtol=1e-6, atol=0.0)
     assert scalarizer.weights[0] > 10 * scalarizer.weights[2]
+
+
+def test_settled_weighting_is_not_called_but_its_weights_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    scalarizer = gradstats.Scalarizer("fixed", tasks=TASKS, weights=[0.5, 2.0, 3.0])
+    monkeypatch.setattr(scalarizer.weighting, "forward", None)
+    others = torch.tensor([1.0, 0.0, 4.0], dtype=torch.float64)
+    for weights, dtype in ((scalarizer.weights, torch.float32), (others, torch.float32), (others, torch.float64)):
+        scalarizer.weighting.weights = weights
+        losses = torch.tensor([1.0, 10.0, 100.0], dtype=dtype, requires_grad=True)
+        total = scalarizer(dict(zip(TASKS, losses, strict=True)))
+        total.backward()
+        assert total.dtype == dtype
+        assert losses.grad.tolist() == weights.tolist()
+        assert total.item() == torch.dot(losses.detach().double(), weights)
 
 
 def test_plain_loop_example() -> None:

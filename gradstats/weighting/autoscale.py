@@ -201,6 +201,8 @@ class AutoScale(Weighting):
             affordable = int(_RECORDED_SHARE * total_steps) // self.windows
             samples_per_window = min(_MOST_SAMPLES, max(1, affordable))
         self.samples_per_window = samples_per_window
+        gramian, losses_too = cost != "loss" or normalize == "gradient", "loss" in (cost, normalize)
+        self._records = frozenset({"gramian"} if gramian else ()) | frozenset({"losses"} if losses_too else ())
         self.explorer = None if explore_with is None else checked_weighting("explore_with", explore_with, num_tasks)
         if self.explorer is not None:
             self.weights = self.explorer.weights
@@ -238,18 +240,16 @@ class AutoScale(Weighting):
         return self.step < self.explore_steps
 
     @property
+    def settled(self) -> bool:
+        """In phase 2."""
+        return not self.exploring
+
+    @property
     def needs(self) -> frozenset[str]:
         """What is left to record, and what the explorer needs: nothing any more in phase 2."""
         if not self.exploring:
             return frozenset()
         return self._records | (frozenset() if self.explorer is None else self.explorer.needs)
-
-    @property
-    def _records(self) -> frozenset[str]:
-        """What the samples of windows consist of."""
-        gramian = self.cost != "loss" or self.normalize == "gradient"
-        losses = self.cost == "loss" or self.normalize == "loss"
-        return frozenset({"gramian"} if gramian else ()) | frozenset({"losses"} if losses else ())
 
     def wants_stats(self) -> bool:
         """Whether the step about to be taken is one to record, or one whose Gramian the explorer wants."""

@@ -49,7 +49,8 @@ class Weighting(nn.Module, ABC):
         num_tasks: Number of tasks ``T``.
 
     Attributes:
-        weights: The weights in force, float64 ``[T]``; all ones until the policy decides otherwise.
+        weights: The weights in force, float64 ``[T]``; all ones until the policy decides otherwise. New ones come as
+            another tensor: it is not written into.
 
     Raises:
         ValueError: If ``num_tasks`` is not a positive integer.
@@ -76,6 +77,11 @@ class Weighting(nn.Module, ABC):
     def needs(self) -> frozenset[str]:
         """What the steps still to come will use: any of ``"losses"``, ``"gramian"`` and ``"after_step"``."""
         return frozenset()
+
+    @property
+    def settled(self) -> bool:
+        """Whether ``weights`` stay as they are whatever the steps bring; :meth:`forward` need not be called then."""
+        return False
 
     def wants_stats(self) -> bool:
         """Whether the step about to be taken should come with a Gramian."""
