@@ -800,6 +800,19 @@ def test_a_failure_midway_leaves_no_hook_and_no_gradient() -> None:
     assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), want, strict=True))
 
 
+def test_fused_sparse_gradients_stay_sparse_beside_dense_ones() -> None:
+    embedding = nn.Embedding(7, 4, sparse=True)
+    model = Heads(nn.Sequential(embedding, nn.Linear(4, 5)), 5, tokens(3, 5))
+    weights, params = torch.tensor([0.5, 2.0, 3.0]), list(model.parameters())
+    stats = gradstats.backward(model(), weights, model.trunk)
+    fused = [p.grad for p in params]
+    assert embedding.weight.grad.is_sparse
+    model.zero_grad()
+    assert_close(stats.gram, oracle(losses := model(), list(model.trunk.parameters())), 1e-6)
+    sum(w * loss for w, loss in zip(weights, losses.values(), strict=True)).backward()
+    torch.testing.assert_close([g.to_dense() for g in fused], [p.grad.to_dense() for p in params])
+
+
 # ---- falling back ----------------------------------------------------------------------------------------------------
 
 

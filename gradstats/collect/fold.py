@@ -82,12 +82,19 @@ class Fold:
         before = self.standard_errors.get(group, torch.zeros_like(total))
         self.standard_errors[group] = torch.hypot(before, standard_error.to(total.device))
 
-    def add_rows(self, members: Sequence[int], rows: Sequence[Sequence[Tensor | None]]) -> None:
+    def add_rows(
+        self, members: Sequence[int], rows: Sequence[Sequence[Tensor | None]], weights: Tensor | None = None
+    ) -> dict[int, Tensor]:
         """Fold in stored gradients of the inputs ``members``: for each task one per member, None for zeros.
 
         DTensors count in all their shards, and are not reduced.
+
+        Returns:
+            With ``weights``, float64 ``[T]``, the weighted sums ``Σ_t w_t g_t`` of the members where they come from
+            the same pass over the gradients: where these are dense, whole on every rank and not reduced.
         """
         columns = list(zip(*rows, strict=True))
+        combined: dict[int, Tensor] = {}
         if self.reduce is not None:
             # One block for each input, in their order and with zeros for None, so that ranks reduce the same blocks
             # whatever their own losses reach.
@@ -100,28 +107,36 @@ class Fold:
             models = [grad for grad in column if grad is not None]
             # DTensors are not reduced above: what shards them (FSDP2) has averaged their gradients already.
             if models and (self.reduce is None or is_dtensor(models[0])):
-                calls.setdefault((self.groups[members[i]], *_placement(models[0])), []).append(i)
-        for (_, _, mesh, replicas), at in calls.items():
-            gram = self._gram_of_lists(
-                [[columns[i][t] for i in at] for t in range(self.num_tasks)], [members[i] for i in at]
-            )
+                is_dense = all(grad.layout == torch.strided for grad in models)
+                calls.setdefault((self.groups[members[i]], is_dense, *_placement(models[0])), []).append(i)
+        for (_, is_dense, _, mesh, replicas), at in calls.items():
+            by_task = zip(*(_filled(columns[i]) for i in at), strict=True)
+            grads = [grad for row in by_task for grad in row]
+            metric = self._metric_of([members[i] for i in at])
+            if weights is not None and is_dense and mesh is None:
+                gram, sums = ops.gram_combine(grads, self.num_tasks, weights, metric)
+                combined.update(zip((members[i] for i in at), sums, strict=True))
+            else:
+                gram = ops.gram(grads, self.num_tasks, metric)
             if mesh is not None:
                 # Every rank holds shards; shards that several ranks hold must count once.
                 gram /= replicas
                 for dim in range(mesh.ndim):
                     torch.distributed.all_reduce(gram, group=mesh.get_group(dim))
             self.add_gram(members[at[0]], gram)
-
-    def _gram_of_lists(self, rows: Sequence[Sequence[Tensor | None]], members: Sequence[int]) -> Tensor:
-        # The operator takes tensors alone: one with no entries stands for a gradient of zeros.
-        empty = [
-            next(_local(grad) for grad in column if grad is not None).new_empty(0) for column in zip(*rows, strict=True)
-        ]
-        grads = [none if grad is None else _local(grad) for row in rows for none, grad in zip(empty, row, strict=True)]
-        return ops.gram(grads, self.num_tasks, self._metric_of(members))
+        return combined
 
     def _metric_of(self, members: Sequence[int]) -> list[Tensor]:
         return [_local(self.metric[k]) for k in members] if self.metric else []
+
+
+def _filled(column: Sequence[Tensor | None]) -> list[Tensor]:
+    """The gradients of one input as operators take them: one with no entries stands for a gradient of zeros."""
+    given = {task: _local(grad) for task, grad in enumerate(column) if grad is not None}
+    if len(given) == len(column):
+        return list(given.values())
+    none = next(iter(given.values())).new_empty(0)
+    return [given.get(task, none) for task in range(len(column))]
 
 
 def is_dtensor(value: object) -> bool:

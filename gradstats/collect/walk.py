@@ -353,24 +353,34 @@ class _Walk:
             if found is None:
                 return
             grad = found
-        if self._job.weights is not None:
-            self._add_weighted(leaf, grad, None if len(target.rows) < len(self._job.losses) else task)
         k = self._inputs.get((leaf, 0))
-        if k is None:
-            return
-        if self._graph.is_shared(leaf):
+        if k is not None and self._graph.is_shared(leaf):
             rows = self._leaf_rows.setdefault(leaf, [None] * len(self._job.losses))
             assert isinstance(rows, list)
             rows[task] = _sum(rows[task], grad)
-        else:
+            return
+        if self._job.weights is not None:
+            self._add_weighted(leaf, grad, None if len(target.rows) < len(self._job.losses) else task)
+        if k is not None:
             self.fold.add_row(k, task, grad)
 
     def _fold_leaves(self, leaves: Iterable[Node | None]) -> None:
-        """Fold in what has been found of ``leaves``."""
+        """Fold in what has been found of ``leaves``, and with weights add it up."""
         found = {leaf: rows for leaf in list(leaves) if leaf and (rows := self._leaf_rows.pop(leaf, None))}
-        if found:
-            by_task = [[rows[task] for rows in found.values()] for task in range(len(self._job.losses))]
-            self.fold.add_rows([self._inputs[leaf, 0] for leaf in found], by_task)
+        if not found:
+            return
+        members, weights = [self._inputs[leaf, 0] for leaf in found], self._job.weights
+        by_task = [[rows[task] for rows in found.values()] for task in range(len(self._job.losses))]
+        combined = self.fold.add_rows(members, by_task, weights)
+        if weights is None:
+            return
+        for k, (leaf, rows) in zip(members, found.items(), strict=True):
+            if k in combined:
+                self._add_weighted(leaf, combined[k])
+            else:
+                for task, row in enumerate(rows):
+                    if row is not None:
+                        self._add_weighted(leaf, row, task)
 
     def _settle_rest(self, stage: _Stage, found: Mapping[Edge, Rows]) -> None:
         for leaf in stage.factored:
