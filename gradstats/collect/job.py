@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -35,7 +36,7 @@ class Job:
     names: list[str] | None = None
     needs_gradients: bool = False
 
-    @property
+    @cached_property
     def targets(self) -> set[Node]:
         """The nodes at which the gradients arrive that are asked for."""
         wanted = {self.graph.edge_of(tensor)[0] for tensor in self.inputs} & self.graph.children.keys()

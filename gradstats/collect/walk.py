@@ -26,10 +26,13 @@ from gradstats.collect.fold import Fold
 from gradstats.collect.graph import Edge, cross, pull, zero_gradient
 from gradstats.collect.job import Job
 from gradstats.collect.plan import SMALL_BYTES, Plan, Step, make_plan, takes_basis
-from gradstats.collect.segments import Segment, join
+from gradstats.collect.segments import Segment, join, whole
 from gradstats.collect.survey import Linear, Survey
 
 _log = logging.getLogger(__name__)
+
+#: About what a step frees, in bytes, whose gradients are too small to be looked at.
+_SMALL_STEP = 8 * SMALL_BYTES
 
 #: The gradients of one tensor: ``[T, *shape]``, or a list with None for a task that has none.
 Rows: TypeAlias = Tensor | list[Tensor | None]
@@ -47,9 +50,8 @@ def route(job: Job, *, batched: bool | None, max_bytes: int | None = None) -> tu
         ValueError: If no plan stays within ``max_bytes``.
     """
     make = functools.partial(make_plan, batched=batched, may_factor=not job.needs_gradients, max_bytes=max_bytes)
-    targets = job.targets
-    may_cut = batched is not None or max_bytes is not None or _stored_bytes(job, targets) > SMALL_BYTES
-    here = Survey(job.graph, targets, job.inputs, job.names, may_cut=may_cut)
+    may_cut = batched is not None or max_bytes is not None or not _is_small(job)
+    here = Survey(job.graph, job.targets, job.inputs, job.names, may_cut=may_cut)
     plan = make(here.facts)
     factored = [leaf for step, segments in _by_step(here, plan) for leaf in _factored(step, segments)]
     hooked = [leaf for leaf in factored if _is_hooked(here.linear[leaf])]
@@ -59,10 +61,10 @@ def route(job: Job, *, batched: bool | None, max_bytes: int | None = None) -> tu
     return here, plan
 
 
-def _stored_bytes(job: Job, targets: Iterable[Node]) -> int:
-    """What the gradients of all tasks would take together; where that is little, looking for segments costs more."""
-    leaves = (job.graph.leaves[node] for node in targets if node in job.graph.leaves)
-    return len(job.losses) * sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+def _is_small(job: Job) -> bool:
+    """Whether the gradients of all tasks take so little together that looking for segments costs more."""
+    leaves = (job.graph.leaves[node] for node in job.targets if node in job.graph.leaves)
+    return len(job.losses) * sum(leaf.numel() * leaf.element_size() for leaf in leaves) <= SMALL_BYTES
 
 
 @torch.no_grad()
@@ -81,13 +83,14 @@ def collect_walking(
         The Gramian; with ``job.weights`` the weighted gradient of every leaf that has one (else None); the method:
         "batched" if all segments below the heads were passed so, else "blockwise".
     """
-    survey, plan = route(job, batched=batched, max_bytes=max_bytes)
-    _keep_freed(plan.bytes)
-    walk = _Walk(job, survey, plan, must_batch=batched is True)
-    with warnings.catch_warnings():
-        # Operators without a batching rule run task by task: no reason to alarm the user of a model.
-        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-        walk.run(retain_graph)
+    if batched is None and max_bytes is None and _is_small(job):
+        _keep_freed(_SMALL_STEP)
+        walk = _Walk(job, [_single_stage(job)])
+    else:
+        survey, plan = route(job, batched=batched, max_bytes=max_bytes)
+        _keep_freed(plan.bytes)
+        walk = _Walk(job, _make_stages(job, survey, plan), survey.linear, must_batch=batched is True)
+    walk.run(retain_graph)
     weighted = None if job.weights is None else walk.weighted_leaves()
     return walk.fold, weighted, "batched" if walk.all_batched else "blockwise"
 
@@ -186,39 +189,59 @@ class _Stage:
         return [*self.waiting.values(), *self.losses.values()]
 
 
-class _Walk:
-    """One collection on its way."""
+def _single_stage(job: Job) -> _Stage:
+    """All that there is to pass, task by task."""
+    segment = whole(job.graph, job.targets)
+    return _Stage(segment, False, [list(segment.leaves)], [], _activations(job, segment), False)
 
-    def __init__(self, job: Job, here: Survey, plan: Plan, *, must_batch: bool) -> None:
+
+def _make_stages(job: Job, here: Survey, plan: Plan) -> list[_Stage]:
+    ends = [i == step.segments - 1 for step in plan.steps for i in range(step.segments)]
+    above_inputs = job.graph.with_any_below(job.graph.edge_of(tensor)[0] for tensor in job.inputs)
+    stages = []
+    joined = join(job.graph, here.segments, ends)
+    for segment, (step, parts) in zip(joined, _by_step(here, plan), strict=True):
+        if job.weights is not None and above_inputs.isdisjoint(segment.nodes):
+            # A single row, of which nothing is folded in.
+            stages.append(_Stage(segment, False, [list(segment.leaves)], [], [], True))
+        else:
+            leaves = _leaves(parts)
+            passes = [list(dict.fromkeys(leaves[k] for k in group)) for group in step.passes]
+            activations = _activations(job, segment)
+            stages.append(_Stage(segment, step.batched, passes, _factored(step, parts), activations, False))
+    return stages
+
+
+def _activations(job: Job, segment: Segment) -> list[Edge]:
+    """The inputs that are made in ``segment``."""
+    nodes = set(segment.nodes)
+    return [edge for tensor in job.inputs if (edge := job.graph.edge_of(tensor))[0] in nodes]
+
+
+class _Walk:
+    """One collection on its way.
+
+    Args:
+        job: The collection.
+        stages: What is passed, losses first.
+        linear: The layers of leaves whose gradients are not formed.
+        must_batch: Whether it is an error where ``vmap`` refuses.
+    """
+
+    def __init__(
+        self, job: Job, stages: list[_Stage], linear: Mapping[Node, Linear] | None = None, *, must_batch: bool = False
+    ) -> None:
         self.fold = job.new_fold()
         self.all_batched = True
         self._weighted: dict[Node, Tensor] = {}
         self._job = job
         self._graph = job.graph
         self._must_batch = must_batch
-        self._linear = here.linear
+        self._linear = linear or {}
         self._inputs = {job.graph.edge_of(tensor): k for k, tensor in enumerate(job.inputs)}
         self._leaf_rows: dict[Node, Rows] = {}
-        self._stages = self._make_stages(here, plan)
-        self._stage_of = {node: stage for stage in self._stages for node in stage.segment.nodes}
-
-    def _make_stages(self, here: Survey, plan: Plan) -> list[_Stage]:
-        ends = [i == step.segments - 1 for step in plan.steps for i in range(step.segments)]
-        above_inputs = self._graph.with_any_below(node for node, _ in self._inputs)
-        stages = []
-        joined = join(self._graph, here.segments, ends)
-        for segment, (step, parts) in zip(joined, _by_step(here, plan), strict=True):
-            nodes = set(segment.nodes)
-            sums = self._job.weights is not None and not nodes & above_inputs
-            leaves = _leaves(parts)
-            passes = [list(dict.fromkeys(leaves[k] for k in group)) for group in step.passes]
-            activations = [edge for edge in self._inputs if edge[0] in nodes]
-            if sums:  # a single row, of which nothing is folded in
-                stages.append(_Stage(segment, False, [list(segment.leaves)], [], activations, True))
-            else:
-                factored = _factored(step, parts)
-                stages.append(_Stage(segment, step.batched, passes, factored, activations, False))
-        return stages
+        self._stages = stages
+        self._stage_of = {node: stage for stage in stages for node in stage.segment.nodes}
 
     def run(self, retain_graph: bool) -> None:
         for task, (edge, loss) in enumerate(zip(self._graph.roots, self._job.losses, strict=True)):
@@ -312,8 +335,11 @@ class _Walk:
             return tuple(grad for grad in grads if grad is not None)
 
         try:
-            # "same": what a backward draws at random (a recomputed dropout mask, say) is one draw for all tasks.
-            blocks = torch.vmap(pull_all, randomness="same")(*(_stacked(rows, tasks) for rows in stage.entering))
+            with warnings.catch_warnings():
+                # Operators without a batching rule run task by task: no reason to alarm the user of a model.
+                warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+                # "same": what a backward draws at random (a recomputed dropout mask, say) is one draw for all tasks.
+                blocks = torch.vmap(pull_all, randomness="same")(*(_stacked(rows, tasks) for rows in stage.entering))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
