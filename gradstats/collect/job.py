@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from gradstats.collect.fold import Fold
-from gradstats.collect.graph import Graph
+from gradstats.collect.graph import Edge, Graph
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,14 @@ class Job:
     needs_gradients: bool = False
 
     @cached_property
+    def edges(self) -> list[Edge]:
+        """For each input where its gradients arrive."""
+        return [self.graph.edge_of(tensor) for tensor in self.inputs]
+
+    @cached_property
     def targets(self) -> set[Node]:
         """The nodes at which the gradients arrive that are asked for."""
-        wanted = {self.graph.edge_of(tensor)[0] for tensor in self.inputs} & self.graph.children.keys()
+        wanted = {node for node, _ in self.edges} & self.graph.children.keys()
         return wanted if self.weights is None else wanted | self.graph.leaves.keys()
 
     def without_weights(self) -> Job:

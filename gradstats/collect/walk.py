@@ -197,7 +197,7 @@ def _single_stage(job: Job) -> _Stage:
 
 def _make_stages(job: Job, here: Survey, plan: Plan) -> list[_Stage]:
     ends = [i == step.segments - 1 for step in plan.steps for i in range(step.segments)]
-    above_inputs = job.graph.with_any_below(job.graph.edge_of(tensor)[0] for tensor in job.inputs)
+    above_inputs = job.graph.with_any_below(node for node, _ in job.edges)
     stages = []
     joined = join(job.graph, here.segments, ends)
     for segment, (step, parts) in zip(joined, _by_step(here, plan), strict=True):
@@ -215,7 +215,7 @@ def _make_stages(job: Job, here: Survey, plan: Plan) -> list[_Stage]:
 def _activations(job: Job, segment: Segment) -> list[Edge]:
     """The inputs that are made in ``segment``."""
     nodes = set(segment.nodes)
-    return [edge for tensor in job.inputs if (edge := job.graph.edge_of(tensor))[0] in nodes]
+    return [edge for edge in job.edges if edge[0] in nodes]
 
 
 class _Walk:
@@ -238,7 +238,7 @@ class _Walk:
         self._graph = job.graph
         self._must_batch = must_batch
         self._linear = linear or {}
-        self._inputs = {job.graph.edge_of(tensor): k for k, tensor in enumerate(job.inputs)}
+        self._inputs = {edge: k for k, edge in enumerate(job.edges)}
         self._leaf_rows: dict[Node, Rows] = {}
         self._stages = stages
         self._stage_of = {node: stage for stage in stages for node in stage.segment.nodes}
@@ -402,11 +402,11 @@ class _Walk:
             return
         for k, (leaf, rows) in zip(members, found.items(), strict=True):
             if k in combined:
-                self._add_weighted(leaf, combined[k])
-            else:
-                for task, row in enumerate(rows):
-                    if row is not None:
-                        self._add_weighted(leaf, row, task)
+                self._weighted[leaf] = combined[k]
+                continue
+            for task, row in enumerate(rows):
+                if row is not None:
+                    self._add_weighted(leaf, row, task)
 
     def _settle_rest(self, stage: _Stage, found: Mapping[Edge, Rows]) -> None:
         for leaf in stage.factored:
