@@ -8,7 +8,9 @@ and optimizer. The whole is repeated; given are the median ratio and the range.
 * Statistics: 8 tasks on the MLP and the Transformer of ``cases.py``; exact Gramians every 100 steps, sketched ones
   of 8 directions (norms to a quarter each, so to be averaged) every 50. The steps between are compared apart.
 * AutoScale: the demo's network (``examples/digits.py``) with 2 and 3 tasks, and a small autoencoder of the same images
-  with 40 tasks, each to draw one pixel; as many steps as the demo takes.
+  with 40 tasks, each to draw one pixel; as many steps as the demo takes. Other weights make another network, and some
+  operators take longer on that (max pooling, whose branches depend on values, by a quarter). So one more training sums
+  the losses by hand with the weights that AutoScale has at that step; beside it there is only what AutoScale does.
 
     python benchmarks/overhead.py --out benchmarks/results/overhead.json
 """
@@ -75,12 +77,14 @@ class Variant:
         limit: The largest ratio that is good, or None.
         scalarizer: Makes it for a training; None stands for the plain sum.
         fused: Whether ``scalarizer.backward(losses)`` is called in place of ``scalarizer(losses).backward()``.
+        by_hand: Whether the losses are summed without gradstats, but with the weights of the first scalarizer.
     """
 
     title: str
     limit: float | None = None
     scalarizer: Callable[[Training], gradstats.Scalarizer] | None = None
     fused: bool = False
+    by_hand: bool = False
 
 
 # ---- trainings -------------------------------------------------------------------------------------------------------
@@ -146,16 +150,18 @@ class Trainee:
         parameters, self.losses = training.make()
         self.optimizer = torch.optim.AdamW(parameters, 1e-3)
         self.scalarizer = variant.scalarizer(training) if variant.scalarizer is not None else None
-        self.fused = variant.fused
+        self.fused, self.by_hand = variant.fused, variant.by_hand
         self.seconds: list[float] = []
         self.recorded: list[bool] = []
 
-    def step(self) -> None:
-        """Take one step and its time."""
+    def step(self, weights: Tensor) -> None:
+        """Take one step, by hand with ``weights`` ``[T]``, and its time."""
         self.recorded.append(self.scalarizer is not None and self.scalarizer.wants_stats())
         start = time.process_time()
         losses = self.losses()
-        if self.scalarizer is None:
+        if self.by_hand:
+            torch.dot(torch.stack(list(losses.values())), weights).backward()
+        elif self.scalarizer is None:
             torch.stack(list(losses.values())).sum().backward()
         elif self.fused:
             self.scalarizer.backward(losses)
@@ -176,10 +182,15 @@ def failure(training: Training, variant: Variant) -> Exception | None:
     try:
         trainee = Trainee(training, variant)
         for _ in range(3):
-            trainee.step()
+            trainee.step(torch.ones(len(training.tasks)))
     except Exception as error:  # what cannot be done is a result
         return error
     return None
+
+
+def spread(ratios: list[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
 
 
 def compare(training: Training, variants: list[Variant], repeats: int) -> list[dict[str, Any]]:
@@ -187,19 +198,22 @@ def compare(training: Training, variants: list[Variant], repeats: int) -> list[d
     plain = Variant("plain sum")
     failed = {v.title: error for v in variants if (error := failure(training, v)) is not None}
     running = [plain, *(v for v in variants if v.title not in failed)]
-    ratios: dict[str, list[float]] = {v.title: [] for v in running}
+    by_hand = next((v.title for v in running if v.by_hand), None)
+    totals: dict[str, list[float]] = {v.title: [] for v in running}
     by_kind: dict[str, dict[bool, list[float]]] = {v.title: {False: [], True: []} for v in running}
-    counts = dict.fromkeys(ratios, 0)
+    counts = dict.fromkeys(totals, 0)
     for _ in range(repeats):
         trainees = {v.title: Trainee(training, v) for v in running}
         order, generator = list(trainees.values()), random.Random(0)
+        leader = next(trainee.scalarizer for trainee in order if trainee.scalarizer is not None)
         for _ in track(range(training.steps), description=training.title):
+            weights = leader.weights.float()
             generator.shuffle(order)
             for trainee in order:
-                trainee.step()
+                trainee.step(weights)
         base = trainees[plain.title]
         for name, trainee in trainees.items():
-            ratios[name].append(sum(trainee.seconds) / sum(base.seconds))
+            totals[name].append(sum(trainee.seconds))
             for recorded, found in by_kind[name].items():
                 if (seconds := trainee.median_seconds(recorded)) is not None:
                     found.append(seconds / statistics.median(base.seconds))
@@ -218,11 +232,11 @@ def compare(training: Training, variants: list[Variant], repeats: int) -> list[d
             record |= reason(failed[name])
         else:
             ratio = {
-                "median": statistics.median(ratios[name]),
-                "lowest": min(ratios[name]),
-                "highest": max(ratios[name]),
+                key: spread([mine / other for mine, other in zip(totals[name], totals[beside], strict=True)])
+                for key, beside in (("ratio", plain.title), ("ratio_by_hand", by_hand))
+                if beside is not None
             }
-            record |= {"repeats": repeats, "recorded_steps": counts[name], "ratio": ratio}
+            record |= {"repeats": repeats, "recorded_steps": counts[name], **ratio}
             for recorded, key in ((True, "recorded_step_ratio"), (False, "other_step_ratio")):
                 found = by_kind[name][recorded]
                 record[key] = statistics.median(found) if found else None
@@ -268,14 +282,20 @@ def comparisons(steps: int | None) -> list[tuple[Training, list[Variant]]]:
     trainings.append(Training("pixels of digits", pixel_names, steps or DEMO_STEPS, partial(pixels, data)))
     for training in trainings:
         limit = 1.05 if len(training.tasks) <= 3 else 1.15
-        both = [Variant("AutoScale", limit, autoscale), Variant("AutoScale, fused", limit, autoscale, fused=True)]
-        chosen.append((training, both))
+        variants = [
+            Variant("AutoScale", limit, autoscale),
+            Variant("AutoScale, fused", limit, autoscale, fused=True),
+            Variant("the same weights by hand", by_hand=True),
+        ]
+        chosen.append((training, variants))
     return chosen
 
 
 def show(records: list[dict[str, Any]]) -> Table:
     """All records."""
-    shown = Table("training", "T", "with", "time / without", "limit", "recorded", "a recorded step", "another step")
+    shown = Table(
+        "training", "T", "with", "time / without", "/ by hand", "limit", "recorded", "a recorded step", "another"
+    )
     for r in records:
         ratio, limit = r.get("ratio"), r["limit"]
         missed = ratio is not None and limit is not None and ratio["median"] > limit
@@ -284,6 +304,7 @@ def show(records: list[dict[str, Any]]) -> Table:
             str(r["num_tasks"]),
             r["variant"],
             escape(r["absent"]) if ratio is None else "{median:.3f} ({lowest:.3f} to {highest:.3f})".format(**ratio),
+            number(r.get("ratio_by_hand", {}).get("median"), 4),
             "" if limit is None else f"{limit:g}",
             "" if ratio is None else f"{r['recorded_steps']} of {r['steps']}",
             *(number(r.get(key), 3) for key in ("recorded_step_ratio", "other_step_ratio")),
