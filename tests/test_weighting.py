@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
+import torchjd.aggregation
+import torchjd.scalarization
 from torch import Tensor
 
 from gradstats import GradStats
@@ -56,6 +58,16 @@ def test_create_knows_what_is_available():
         create("uniform", 3, bogus=1)
     with pytest.raises(ValueError, match="num_tasks: expected a positive integer, got 0"):
         create("uniform", 0)
+
+
+def test_all_that_torchjd_has_is_here_under_some_name():
+    """Whatever of it is a function of the Gramian or of the losses; what is new in it should be looked at."""
+    names = {*torchjd.aggregation.__all__, *torchjd.scalarization.__all__}
+    theirs = {name.removesuffix("Weighting").lower() for name in names}
+    ours = {name.replace("_", "") for name in available()}
+    as_others = {"mean", "sum", "constant", "random", "geometricmean"}  # uniform, fixed, rlw and gls
+    bases = {"", "aggregator", "scalarizer", "weightedaggregator", "gramianweightedaggregator"}
+    assert theirs - ours - as_others - bases == {"graddrop", "excessmtl", "trimmedmean"}  # made of single entries
 
 
 def test_uniform_and_fixed():

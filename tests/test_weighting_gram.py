@@ -941,7 +941,7 @@ def test_training_step_descends_along_the_weighted_gradients(name):
 #: ("scaled") all of these lose the short ones, being exact relative to the longest; ours are held to the definitions.
 EXACT = QuadprogProjector(norm_eps=1e-12, reg_eps=1e-9)
 THEIRS = {
-    "mgda": (jd.MGDAWeighting(epsilon=1e-9, max_iters=3000), 2e-2),
+    "mgda": (jd.MGDAWeighting(epsilon=1e-12, max_iters=10_000), 1e-2),
     "cagrad": (jd.CAGradWeighting(c=0.5, norm_eps=1e-9), 1e-2),
     "imtl_g": (jd.IMTLGWeighting(), 1e-6),
     "fairgrad": (jd.FairGradWeighting(alpha=2.0), 1e-6),
@@ -968,10 +968,11 @@ def test_agrees_with_torchjd(name, kind, num_tasks):
     assert_same(name, gram, theirs(gram) * (num_tasks if name == "aligned_mtl" else 1), tolerance)
 
 
-@pytest.mark.parametrize("name", sorted(THEIRS.keys() - {"mgda"}))
+@pytest.mark.parametrize("name", THEIRS)
 def test_agrees_with_torchjd_on_a_large_gramian(name):
     theirs, tolerance = THEIRS[name]
-    gram = gram_of("random", 64)
+    # On random gradients 30,000 Frank-Wolfe steps are not enough.
+    gram = gram_of("agreeing" if name == "mgda" else "random", 64)
     assert_same(name, gram, theirs(gram) * (64 if name == "aligned_mtl" else 1), tolerance)
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 Distribution = Literal["normal", "dirichlet"]
 
-_ASIDE = 1e-14  # what two unit vectors differ by in rounding
+_SQUARABLE = 1e150
+_ROUNDING = 1e-28  # square of what unit vectors differ by in it
 _AHEAD = 64  # steps whose random weights are drawn together, which takes hardly longer than those of one
 
 
@@ -179,7 +180,7 @@ class GLS(_LossBased):
         self._move_state(losses.device)
         logs = losses.log().nan_to_num_(torch.nan, torch.nan, torch.nan)
         known = logs == logs  # faster than isfinite(); NaN equals nothing
-        count = known.sum(dtype=logs.dtype)
+        count = known.count_nonzero()
         weights = (logs.nansum() / count - logs).exp_().div_(count)
         self.weights = torch.where(known, weights, self.weights)
         return self.weights
@@ -299,12 +300,12 @@ class COSMOS(_LossBased):
         """The weights of the current losses."""
         self._move_state(losses.device)
         self.preference = self.preference.to(losses.device)
-        known = losses.isfinite()
-        preferred = _direction(torch.where(known, self.preference, 0.0))[0]
-        direction, length = _direction(torch.where(known, losses, 0.0))
-        aside = _aside(preferred, direction)
-        slope = torch.where(length > 0, aside / length, 0.0)  # of the cosine
-        return self._renewed(self.preference - self.strength * slope, known)
+        known, losses, preferred = _comparable(losses, self.preference)
+        square = losses.dot(losses)
+        aside = torch.addcmul(preferred, losses.dot(preferred) / square, losses, value=-1.0)
+        slope = torch.where(square > 0, aside / (square * preferred.dot(preferred)).sqrt(), 0.0)  # of the cosine
+        self.weights = torch.where(known, torch.sub(preferred, slope, alpha=self.strength), self.weights)
+        return self.weights
 
 
 class PBI(_LossBased):
@@ -355,11 +356,14 @@ class PBI(_LossBased):
         """The weights of the current losses."""
         self._move_state(losses.device)
         self.preference, self.ideal = self.preference.to(losses.device), self.ideal.to(losses.device)
-        gaps = losses - self.ideal
-        known = gaps.isfinite()
-        preferred = _direction(torch.where(known, self.preference, 0.0))[0]
-        direction = _direction(torch.where(known, gaps, 0.0))[0]
-        return self._renewed(preferred + self.theta * _direction(_aside(direction, preferred))[0], known)
+        known, gaps, preferred = _comparable(losses - self.ideal, self.preference)
+        square = preferred.dot(preferred)
+        aside = torch.addcmul(gaps, gaps.dot(preferred) / square, preferred, value=-1.0)
+        distance = aside.dot(aside)  # its square
+        inverse = torch.where(distance > _ROUNDING * gaps.dot(gaps), distance.rsqrt(), 0.0)
+        weights = torch.addcmul(preferred * square.rsqrt(), inverse, aside, value=self.theta)
+        self.weights = torch.where(known, weights, self.weights)
+        return self.weights
 
 
 class GO4Align(_LossBased):
@@ -455,18 +459,10 @@ def _preference(preference: Sequence[float] | None, num_tasks: int) -> Tensor:
     return numbers
 
 
-def _direction(vector: Tensor) -> tuple[Tensor, Tensor]:
-    """A vector ``[T]`` scaled to unit length, and its length, whatever their scale; that of zero is zero."""
-    largest = vector.abs().max()
-    scaled = vector / torch.where(largest > 0, largest, 1.0)
-    norm = torch.linalg.vector_norm(scaled)
-    return scaled / torch.where(norm > 0, norm, 1.0), norm * largest
-
-
-def _aside(one: Tensor, other: Tensor) -> Tensor:
-    """The part of a unit vector ``[T]`` that is orthogonal to another; zero where that is rounding."""
-    part = one - one.dot(other) * other
-    return torch.where(part.abs().max() > _ASIDE, part, 0.0)
+def _comparable(losses: Tensor, preference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which losses are such that they and their squares are finite, and both vectors with zeros elsewhere, ``[T]``."""
+    known = losses.abs() < _SQUARABLE
+    return known, torch.where(known, losses, 0.0), torch.where(known, preference, 0.0)
 
 
 def group_means(values: Tensor, known: Tensor, num_groups: int) -> Tensor:

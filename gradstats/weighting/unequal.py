@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -60,31 +62,39 @@ class PCD(DirectionWeighting):
 
     def _solve(self, gradients: Gradients) -> Array:
         lengths = self._normalized(gradients)
-        primary = gradients.tasks == self.primary
-        weights = np.zeros_like(lengths)
-        if not primary.any():
-            return weights
-        units = np.where(primary, lengths, 0.0)  # coefficients of the unit gradients
-        others, cosine = ~primary, gradients.cosine
-        wanted = self.tau * lengths[others] - cosine[others] @ units
-        matrix = cosine[np.ix_(others, others)]
-        if wanted.max(initial=0.0) > 0.0:
-            found = solvers.nonnegative_qp(solvers.positive_definite(matrix), wanted[None])[0]
-            if (wanted - matrix @ found).max() <= _VIOLATED:
-                units[others] = found
+        places = np.flatnonzero(gradients.tasks == self.primary)
+        if not len(places):
+            return np.zeros_like(lengths)
+        primary, cosine = int(places[0]), gradients.cosine
+        units = np.zeros_like(lengths)  # coefficients of the unit gradients
+        units[primary] = lengths[primary]
+        wanted = self.tau * lengths - lengths[primary] * cosine[primary]
+        wanted[primary] = 0.0
+        if wanted.max() > 0.0:
+            units = self._constrained(cosine, wanted, units)
         if solvers.vanishes(cosine, units):
-            return weights
-        norm = float(gradients.norms[primary][0])
-        return units * (norm / gradients.norms) / float(np.sqrt(units @ cosine @ units))
+            return np.zeros_like(lengths)
+        length = math.sqrt(units @ cosine @ units)
+        weights: Array = units * (gradients.norms[primary] / gradients.norms) / length
+        return weights
+
+    def _constrained(self, cosine: Array, wanted: Array, units: Array) -> Array:
+        """The coefficients with the least addition that meets the constraints; unchanged where nothing meets them."""
+        others = np.flatnonzero(units == 0.0)
+        matrix = cosine[others[:, None], others]
+        added = solvers.nonnegative_qp(solvers.positive_definite(matrix), wanted[others][None])[0]
+        if (wanted[others] - matrix @ added).max() <= _VIOLATED:
+            units[others] = added
+        return units
 
     def _normalized(self, gradients: Gradients) -> Array:
         """Norms relative to their moving average, after taking them into that, ``[M]``."""
-        tasks = torch.from_numpy(gradients.tasks)
-        self.squares, self.counts = self.squares.clone(), self.counts.clone()
-        self.counts[tasks] += 1.0
-        self.squares[tasks] = torch.lerp(torch.from_numpy(gradients.norms**2), self.squares[tasks], self.beta)
-        means = self.squares[tasks] / (1.0 - self.beta ** self.counts[tasks])
-        return np.asarray(gradients.norms / means.sqrt().numpy())
+        squares, counts, tasks = self.squares.numpy().copy(), self.counts.numpy().copy(), gradients.tasks
+        counts[tasks] += 1.0
+        squares[tasks] += (1.0 - self.beta) * (gradients.norms**2 - squares[tasks])
+        self.squares, self.counts = torch.from_numpy(squares), torch.from_numpy(counts)
+        means: Array = squares[tasks] / (1.0 - self.beta ** counts[tasks])
+        return gradients.norms / np.sqrt(means)
 
 
 class Krum(GramianWeighting):
@@ -127,8 +137,8 @@ class Krum(GramianWeighting):
         if not len(tasks):
             return weights
         known = gram[np.ix_(tasks, tasks)]
-        squares = known.diagonal() / (abs(known).max() or 1.0)
-        products = known / (abs(known).max() or 1.0)
+        products = known / (np.abs(known).max() or 1.0)
+        squares = products.diagonal()
         distances = np.sqrt((squares[:, None] + squares - 2.0 * products).clip(0.0))
         nearest = max(1, len(tasks) - self.num_byzantine - 2)
         scores = np.sort(distances, 1)[:, 1 : 1 + nearest].sum(1)  # without the distance to itself
