@@ -5,8 +5,10 @@ medians of the blocks' CPU times are compared. TorchJD keeps to its defaults.
 
 For functions of the Gramian a call is from Gramian to weights. Gradients are of three kinds: independent, of which half
 the pairs conflict; such that agree with one another; and such that conflict, being of norms from 1 to 10 and for or
-against a common direction in turn. TorchJD's Nash-MTL and ConFIG start from the gradients, here 1,000 entries long, and
-the former from the solution of the call before.
+against a common direction in turn. Quadratic programs are also timed where they are hardest: independent gradients,
+twice as many as there are dimensions. TorchJD's Nash-MTL and ConFIG start from the gradients, here 1,000 entries long,
+and the former from the solution of the call before. AutoScale's call is the one that takes longest: the weights of
+least condition number for the ten Gramians of a window.
 
 For those made of losses a call is a step: from the losses to the gradient of the scalar that is minimised with respect
 to them, since TorchJD gives the scalar where we give weights, and whatever the method learns. What TorchJD leaves to
@@ -29,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torchjd.aggregation as jd
 import torchjd.scalarization
@@ -38,10 +41,14 @@ from torch import Tensor
 
 from gradstats.report import write_file
 from gradstats.weighting import create
+from gradstats.weighting.condition import least_condition
 
 SIZES = (2, 8, 32, 128)
 KINDS = ("independent", "agreeing", "conflicting")
+HARDEST = "dependent"
+PROGRAMS = ("mgda", "cagrad", "upgrad", "dualproj", "pcd")
 ENTRIES = 1000
+WINDOW = "autoscale"
 BLOCK_SECONDS = 0.005
 Call = Callable[[], object]
 #: From the gradients and their Gramian to weights or, for ConFIG, the aggregated gradient.
@@ -54,8 +61,8 @@ def on_gramian(weighting: Callable[[Tensor], Tensor]) -> Weigh:
 
 
 #: TorchJD's functions of the Gramian, by our names, for a number of tasks; None where it has none.
-THEIRS: dict[str, Callable[[int], Weigh] | None] = {
-    "exact_slw": None,
+THEIRS: dict[str, Callable[[int], Weigh | None]] = {
+    "exact_slw": lambda num_tasks: None,
     "mgda": lambda num_tasks: on_gramian(jd.MGDAWeighting()),
     "pcgrad": lambda num_tasks: on_gramian(jd.PCGradWeighting()),
     "gradvac": lambda num_tasks: on_gramian(jd.GradVacWeighting()),
@@ -69,6 +76,8 @@ THEIRS: dict[str, Callable[[int], Weigh] | None] = {
     "config": lambda num_tasks: lambda jacobian, gram: jd.ConFIG()(jacobian),
     "sdmgrad": lambda num_tasks: on_gramian(jd.SDMGradWeighting()),
     "modo": lambda num_tasks: on_gramian(jd.MoDoWeighting()),
+    "pcd": lambda num_tasks: on_gramian(jd.PCDWeighting()),
+    "krum": lambda num_tasks: on_gramian(jd.KrumWeighting(n_byzantine=0)) if num_tasks > 2 else None,
 }
 
 
@@ -80,6 +89,8 @@ SCALARIZERS: dict[str, Callable[[int], torch.nn.Module]] = {
     "gls": lambda num_tasks: torchjd.scalarization.GeometricMean(),
     "famo": lambda num_tasks: torchjd.scalarization.FAMO(num_tasks).double(),
     "stch": lambda num_tasks: torchjd.scalarization.STCH(1.0),
+    "cosmos": lambda num_tasks: torchjd.scalarization.COSMOS(1.0, torch.ones(num_tasks).double()),
+    "pbi": lambda num_tasks: torchjd.scalarization.PBI(5.0, torch.ones(num_tasks).double()),
     "imtl_l": lambda num_tasks: torchjd.scalarization.IMTLL(num_tasks).double(),
 }
 
@@ -90,10 +101,12 @@ def nash_mtl(num_tasks: int) -> Weigh:
     return lambda jacobian, gram: weighting(jacobian)
 
 
-def gradients(kind: str, num_tasks: int) -> Tensor:
+def gradients(kind: str, num_tasks: int, sample: int = 0) -> Tensor:
     """Gradients ``[T, ENTRIES]`` of a kind."""
-    generator = torch.Generator().manual_seed(num_tasks)
+    generator = torch.Generator().manual_seed(1000 * sample + num_tasks)
     jacobian = torch.randn(num_tasks, ENTRIES, dtype=torch.float64, generator=generator)
+    if kind == HARDEST:
+        jacobian[:, num_tasks // 2 :] = 0.0
     common = torch.randn(ENTRIES, dtype=torch.float64, generator=generator)
     if kind == "agreeing":
         return jacobian + common
@@ -108,11 +121,19 @@ def gramian_calls(name: str, kind: str, num_tasks: int) -> dict[str, Call]:
     """From a Gramian to weights, by library."""
     jacobian = gradients(kind, num_tasks)
     gram = jacobian @ jacobian.T
-    weighting, make = create(name, num_tasks), THEIRS[name]
+    weighting, theirs = create(name, num_tasks), THEIRS[name](num_tasks)
     calls: dict[str, Call] = {"gradstats": lambda: weighting.from_gram(gram)}
-    if make is not None:
-        calls["torchjd"] = functools.partial(make(num_tasks), jacobian, gram)
+    if theirs is not None:
+        calls["torchjd"] = functools.partial(theirs, jacobian, gram)
     return calls
+
+
+def window_calls(kind: str, num_tasks: int) -> dict[str, Call]:
+    """The weights of a window of AutoScale."""
+    jacobians = torch.stack([gradients(kind, num_tasks, sample) for sample in range(10)])
+    grams = (jacobians @ jacobians.mT).numpy()
+    equal_norms = -np.log(grams.diagonal(axis1=1, axis2=2)).mean(0) / 2.0
+    return {"gradstats": lambda: least_condition(grams, equal_norms)}
 
 
 def loss_calls(name: str, losses: Tensor) -> dict[str, Call]:
@@ -155,7 +176,10 @@ def time_block(call: Call) -> float:
 def measure(name: str, kind: str, num_tasks: int, seconds: float) -> dict[str, Any]:
     """One record: the medians of alternating blocks, in µs of CPU time a call."""
     losses = torch.linspace(0.1, 1.0, num_tasks, dtype=torch.float64, requires_grad=True)
-    calls = loss_calls(name, losses) if kind == "losses" else gramian_calls(name, kind, num_tasks)
+    if kind == "losses":
+        calls = loss_calls(name, losses)
+    else:
+        calls = window_calls(kind, num_tasks) if name == WINDOW else gramian_calls(name, kind, num_tasks)
     times: dict[str, list[float]] = {library: [] for library in calls}
     begin = time.perf_counter()
     while len(times["gradstats"]) < 5 or time.perf_counter() - begin < seconds:
@@ -169,13 +193,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--names", nargs="+", choices=[*THEIRS, *SCALARIZERS], default=[*THEIRS, *SCALARIZERS])
+    names = [*THEIRS, *SCALARIZERS, WINDOW]
+    parser.add_argument("--names", nargs="+", choices=names, default=names)
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES)
     parser.add_argument("--seconds", type=float, default=0.5, help="for each comparison, at least (0.5)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of TorchJD's solvers
-    kinds = {name: KINDS if name in THEIRS else ("losses",) for name in options.names}
+    kinds = {name: ("losses",) if name in SCALARIZERS else KINDS for name in options.names}
+    kinds |= {name: (*KINDS, HARDEST) for name in PROGRAMS if name in kinds}
     cases = [(name, kind, size) for size in options.sizes for name in options.names for kind in kinds[name]]
     records = [measure(*case, options.seconds) for case in track(cases, "weightings", transient=True)]
     write_file(options.out, json.dumps(describe() | stamp() | {"records": records}, indent=1) + "\n")
