@@ -395,6 +395,7 @@ def test_retain_graph() -> None:
 def test_choice() -> None:
     assert should_factor(rows=128, tasks=32, left=1024, right=1024, numel=2**20)  # an MLP
     assert should_factor(rows=32, tasks=32, left=512, right=1024, numel=2**19)  # one sample each
+    assert not should_factor(rows=512, tasks=8, left=256, right=1024, numel=2**18)  # as many rows as a part has
     assert not should_factor(rows=2048, tasks=32, left=256, right=1024, numel=2**18)  # a Transformer
     assert not should_factor(rows=2048, tasks=2, left=9, right=3, numel=27)
 

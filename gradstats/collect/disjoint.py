@@ -95,7 +95,8 @@ def should_factor(rows: int, tasks: int, left: int, right: int, numel: int) -> b
         right: The same of right factors.
         numel: Entries of the parameter.
     """
-    factored = rows**2 / 2 * (left + right + _TRAFFIC)
+    pairs = rows * (rows + min(rows, _ROWS)) / 2  # those within a part are taken both ways round
+    factored = pairs * (left + right + _TRAFFIC)
     formed = rows * left * right + tasks * numel * (tasks / 2 + _TRAFFIC)
     return factored < formed
 
