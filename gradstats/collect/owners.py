@@ -32,6 +32,9 @@ _FACTORS = (0.0, 1.0, -1.0, 0.5, -0.5)
 #: At most so many inputs may be computed from before they meet the samples. More are a sign of samples that are mixed.
 _MOST_ABSORBED = 4
 
+#: Entries of a cotangent that are looked at at a time.
+_ENTRIES = 2**18
+
 #: Beyond so many models and owners the oldest is forgotten.
 _MOST_REMEMBERED = 256
 
@@ -241,10 +244,13 @@ class _Signature:
 
     def fill(self, cotangent: Tensor) -> _Signature:
         """Take that of ``cotangent``."""
-        flat = cotangent.reshape(-1, cotangent.shape[-1] if cotangent.ndim > 1 else 1).to(self.sums)
-        factors = torch.rand(flat.shape[1], generator=torch.Generator().manual_seed(0)).sub_(0.5).to(flat)
-        torch.mv(flat, factors, out=self.sums)
-        torch.mv(flat.abs(), factors.abs(), out=self.sizes)
+        flat = cotangent.reshape(-1, cotangent.shape[-1] if cotangent.ndim > 1 else 1)
+        factors = torch.rand(flat.shape[1], generator=torch.Generator().manual_seed(0)).sub_(0.5).to(self.sums)
+        many = max(1, _ENTRIES // max(1, flat.shape[1]))
+        for rows, sums, sizes in zip(*(tensor.split(many) for tensor in (flat, self.sums, self.sizes)), strict=True):
+            rows = rows.to(factors)
+            torch.mv(rows, factors, out=sums)
+            torch.mv(rows.abs(), factors.abs(), out=sizes)
         return self
 
 
