@@ -247,7 +247,9 @@ class _Signature:
         flat = cotangent.reshape(-1, cotangent.shape[-1] if cotangent.ndim > 1 else 1)
         factors = torch.rand(flat.shape[1], generator=torch.Generator().manual_seed(0)).sub_(0.5).to(self.sums)
         many = max(1, _ENTRIES // max(1, flat.shape[1]))
-        for rows, sums, sizes in zip(*(tensor.split(many) for tensor in (flat, self.sums, self.sizes)), strict=True):
+        for rows, sums, sizes in zip(
+            *(torch.split(tensor, many) for tensor in (flat, self.sums, self.sizes)), strict=True
+        ):
             rows = rows.to(factors)
             torch.mv(rows, factors, out=sums)
             torch.mv(rows.abs(), factors.abs(), out=sizes)
