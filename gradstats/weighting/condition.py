@@ -12,7 +12,8 @@ from gradstats.weighting.solvers import EPS
 if TYPE_CHECKING:
     from gradstats.weighting.solvers import Array
 
-_WARMEST, _COLDEST, _COOLING = 0.1, 1e-7, 10.0  # temperatures
+_WARMEST, _COLDEST, _COOLING = 0.1, 1e-7, 4.0  # temperatures
+_ENOUGH = 0.1  # what a further step may promise on the way, relative to the temperature
 _NEGLIGIBLE = 1e-6  # shares of an eigenvalue that do not matter in the Hessian
 _LONGEST = 2.0  # step, in any log-weight
 _CONVERGED = 1e-9  # what a further step may promise at a minimum, where rounding does not hide more
@@ -47,16 +48,19 @@ def least_condition(grams: Array, start: Array) -> tuple[Array, bool]:
         return start, len(scaled) > 0
     rounding = EPS * float((values[:, -1] / values[:, 0]).max())
     coldest, tolerance = max(_COLDEST, 1e3 * rounding), max(_CONVERGED, 10.0 * rounding)
-    temperature = max(_WARMEST, coldest)
-    shift, gain = _minimised(scaled, np.zeros_like(start), temperature)
+    shift, temperature = np.zeros_like(start), _WARMEST
     while temperature > coldest:
-        temperature = max(temperature / _COOLING, coldest)
-        shift, gain = _minimised(scaled, shift, temperature)
+        shift, _ = _minimised(scaled, shift, temperature, _ENOUGH * temperature)
+        temperature /= _COOLING
+    shift, gain = _minimised(scaled, shift, coldest, 0.0)
     return start + shift, gain <= tolerance
 
 
-def _minimised(grams: Array, shift: Array, temperature: float) -> tuple[Array, float]:
-    """The minimum at one temperature, by Newton's method with a line search, and what a further step would gain."""
+def _minimised(grams: Array, shift: Array, temperature: float, enough: float) -> tuple[Array, float]:
+    """The minimum at one temperature, by Newton's method with a line search, and what a further step would gain.
+
+    It ends where that is ``enough``, or lost in rounding: the last step is good all the same.
+    """
     here = _Smoothed.at(grams, shift, temperature)
     for _ in range(50):
         gradient, hessian = here.gradient(), here.hessian()
@@ -64,8 +68,8 @@ def _minimised(grams: Array, shift: Array, temperature: float) -> tuple[Array, f
         size = float(hessian.trace()) / len(shift)
         move = -np.linalg.solve(hessian + size * (1.0 + 1e-12 * np.eye(len(shift))), gradient)
         gain = -float(gradient @ move)
-        if gain <= EPS * (1.0 + here.value):
-            return shift + move, gain  # the step is good although its gain is lost in rounding
+        if gain <= max(enough, EPS * (1.0 + here.value)):
+            return shift + move, gain
         move *= min(1.0, _LONGEST / float(np.abs(move).max()))
         slope, fraction = float(gradient @ move), 1.0
         while fraction > 1e-8:
