@@ -15,8 +15,10 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 Edge = tuple[Node, int]
 
 #: Nodes whose backward reaches parameters that are not below them in the graph, or hands gradients on to others.
-_HIDING = ("CheckpointFunctionBackward", "RegisterPostBackwardFunctionBackward")
+_HIDING = frozenset(("CheckpointFunctionBackward", "RegisterPostBackwardFunctionBackward"))
 
+#: The node at a leaf.
+_ACCUMULATE = "torch::autograd::AccumulateGrad"
 
 #: Nodes with one operand whose backward gives just its gradient.
 _UNARY = frozenset(
@@ -144,7 +146,7 @@ class Graph:
     @cached_property
     def leaves(self) -> dict[Node, Tensor]:
         """The leaves that some loss reaches, by the node of their :meth:`edge_of`, in the order of the forward."""
-        found: list[Any] = [node for node in self.children if _is_accumulator(node)]
+        found: list[Any] = [node for node, name in self._names.items() if name == _ACCUMULATE]
         return {self._casts.get(node, node): node.variable for node in reversed(found)}
 
     def edge_of(self, tensor: Tensor) -> Edge:
@@ -159,15 +161,21 @@ class Graph:
     @cached_property
     def _casts(self) -> dict[Node, Node]:
         """For the ``AccumulateGrad`` node of each such leaf the node of the cast."""
-        if not self._through_casts:
+        casts = [node for node, name in self._names.items() if name == "ToCopyBackward0"]
+        if not (casts and self._through_casts):
             return {}
         arriving = Counter(child for edges in (self.roots, *self.children.values()) for child, _ in edges)
         return {
             leaf: node
-            for node, edges in self.children.items()
-            for leaf, _ in edges
-            if node.name() == "ToCopyBackward0" and arriving[leaf] == 1 and _is_as_exact(node, leaf)
+            for node in casts
+            for leaf, _ in self.children[node]
+            if self._names[leaf] == _ACCUMULATE and arriving[leaf] == 1 and _is_as_exact(node, leaf)
         }
+
+    @cached_property
+    def _names(self) -> dict[Node, str]:
+        """The kind of each node."""
+        return {node: node.name() for node in self.children}
 
     @cached_property
     def hides_parameters(self) -> bool:
@@ -176,7 +184,7 @@ class Graph:
         FSDP2 frees the parameters that the forward has used; the graph holds their empty shells.
         """
         shells = any(leaf.numel() and not leaf.untyped_storage().size() for leaf in self.leaves.values())
-        return shells or any(node.name() in _HIDING for node in self.children)
+        return shells or not _HIDING.isdisjoint(self._names.values())
 
     def with_any_below(self, targets: Iterable[Node]) -> set[Node]:
         """The nodes from which a gradient flows into one of ``targets``, themselves included."""
@@ -187,13 +195,9 @@ class Graph:
         return found
 
 
-def _is_accumulator(node: Node) -> bool:
-    return node.name() == "torch::autograd::AccumulateGrad"
-
-
 def _is_as_exact(cast: Node, leaf: Any) -> bool:
-    """Whether a gradient above ``cast`` is just what arrives at ``leaf``, if that is one, in another dtype."""
-    if not _is_accumulator(leaf) or leaf.variable._backward_hooks:
+    """Whether a gradient above ``cast`` is just what arrives at ``leaf``, in another dtype."""
+    if leaf.variable._backward_hooks:
         return False
     above, below = metadata_of((cast, 0)), metadata_of((leaf, 0))
     return bool(above.device == below.device and torch.promote_types(above.dtype, below.dtype) == below.dtype)
