@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
@@ -91,7 +92,8 @@ def collect(
     job = _make_job(list(present.values()), inputs, w, group_by, metric, reduce)
 
     # In a user's autocast region the products below must not be rounded.
-    with torch.autocast(device.type, enabled=False):
+    is_rounding = torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, enabled=False) if is_rounding else contextlib.nullcontext():
         sketch = functools.partial(collect_sketch, num_directions=num_directions, seed=seed)
         fold, method = _run(job, method, owners, store_dtype, max_bytes, sketch, retain_graph)
     has_loss = torch.tensor([task in present for task in range(len(names))], device=device)

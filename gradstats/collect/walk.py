@@ -234,6 +234,7 @@ class _Walk:
         self.fold = job.new_fold()
         self.all_batched = True
         self._weighted: dict[Node, Tensor] = {}
+        self._weights = () if job.weights is None else job.weights.unbind()
         self._job = job
         self._graph = job.graph
         self._must_batch = must_batch
@@ -438,10 +439,10 @@ class _Walk:
         """Add ``w_t`` times a task's gradient, or a weighted one as it is, at least in float32."""
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
         total = self._weighted.get(leaf)
-        if task is None or self._job.weights is None:
+        if task is None:
             self._weighted[leaf] = wide if total is None else total + wide
             return
-        weight = self._job.weights[task]  # of no dimension: the result is no wider than the gradient
+        weight = self._weights[task]  # of no dimension: the result is no wider than the gradient
         if total is None or wide.layout != torch.strided or total.layout != torch.strided:
             self._weighted[leaf] = weight * wide if total is None else total + weight * wide
         else:

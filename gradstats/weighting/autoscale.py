@@ -242,14 +242,14 @@ class AutoScale(Weighting):
     @property
     def settled(self) -> bool:
         """In phase 2."""
-        return not self.exploring
+        return self.step >= self.explore_steps
 
     @property
     def needs(self) -> frozenset[str]:
         """What is left to record, and what the explorer needs: nothing any more in phase 2."""
         if not self.exploring:
             return frozenset()
-        return self._records | (frozenset() if self.explorer is None else self.explorer.needs)
+        return self._records if self.explorer is None else self._records | self.explorer.needs
 
     def wants_stats(self) -> bool:
         """Whether the step about to be taken is one to record, or one whose Gramian the explorer wants."""
