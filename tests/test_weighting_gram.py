@@ -138,6 +138,19 @@ def test_nonnegative_qp_is_led_where_guesses_go_wrong(seed, monkeypatch):
     assert len(rounds) <= 30
 
 
+def test_nonnegative_qp_ends_where_hardly_any_direction_agrees():
+    """A cone of an angle of 1e-3 in which exchanges go round in circles: two of these problems take the slow way."""
+    generator = torch.Generator().manual_seed(3)
+    units = torch.nn.functional.normalize(torch.randn(128, 60, dtype=torch.float64, generator=generator)).numpy()
+    rows = [0, 23, 48]
+    matrix, linear = positive_definite(units @ units.T), -(units @ units.T)[rows]
+    solution = nonnegative_qp(matrix, linear)
+    slope = solution @ matrix - linear
+    assert solution.min() >= 0.0
+    assert slope.min() >= -1e-8
+    assert np.abs(solution * slope).max() <= 1e-8
+
+
 def test_indefinite_estimates_are_replaced_by_the_nearest_semidefinite_matrix():
     estimate = DEGENERATE["indefinite"].numpy().astype(float)
     values, vectors = np.linalg.eigh(estimate)

@@ -93,25 +93,55 @@ struct Solver {
   std::vector<char> passive = std::vector<char>(n);
   std::vector<double> block = std::vector<double>(n * n), x = std::vector<double>(n), slack = std::vector<double>(n);
 
-  // z = argmin ½ zᵀ a z - bᵀ z over z >= 0, by block principal pivoting; false where that did not find it.
-  bool run(const double* b, double* z) {
+  // z = argmin ½ zᵀ a z - bᵀ z over z >= 0; false where that was not found.
+  bool run(const double* b, double* z) { return pivot(b, z) || descend(b, z); }
+
+  // By block principal pivoting.
+  bool pivot(const double* b, double* z) {
     for (int64_t j = 0; j < n; ++j) passive[j] = b[j] > 0;
-    for (int64_t round = 0; round < kExchanges + kShifts + 20 * n; ++round) {
+    for (int64_t round = 0; round < 2 * kExchanges + kShifts; ++round) {
       const bool shifted = kExchanges <= round && round < kExchanges + kShifts;
       if (!solve_inside(b, shifted ? kFirstShift * std::pow(kShiftRatio, kExchanges - round) : 0.0)) return false;
-      const int64_t size = inside.size();
       double largest = 0;
-      for (int64_t r = 0; r < size; ++r) {
+      for (size_t r = 0; r < inside.size(); ++r) {
         slack[inside[r]] = x[r];
         largest = std::max(largest, std::abs(x[r]));
       }
       const double least = -kTolerance * (1 + largest);
       if (!shifted && *std::min_element(slack.begin(), slack.end()) >= least) {
         std::fill(z, z + n, 0.0);
-        for (int64_t r = 0; r < size; ++r) z[inside[r]] = std::max(x[r], 0.0);
+        for (size_t r = 0; r < inside.size(); ++r) z[inside[r]] = std::max(x[r], 0.0);
         return true;
       }
-      exchange(round, least);
+      for (int64_t j = 0; j < n; ++j)
+        if (slack[j] < least) passive[j] ^= 1;
+    }
+    return false;
+  }
+
+  // By the method of Lawson & Hanson, one more entry at a time.
+  bool descend(const double* b, double* z) {
+    std::fill(passive.begin(), passive.end(), 0);
+    std::fill(z, z + n, 0.0);
+    if (!solve_inside(b, 0)) return false;
+    for (int64_t round = 0; round < 20 * n; ++round) {
+      for (int64_t j : inside) slack[j] = 0;
+      const int64_t worst = std::min_element(slack.begin(), slack.end()) - slack.begin();
+      if (slack[worst] >= -kTolerance * (1 + *std::max_element(z, z + n))) return true;
+      passive[worst] = 1;
+      while (true) {
+        if (!solve_inside(b, 0)) return false;
+        int64_t ending = -1;
+        double fraction = 1;
+        for (size_t r = 0; r < inside.size(); ++r)
+          if (const double from = z[inside[r]]; x[r] < 0 && from / (from - x[r]) < fraction) {
+            fraction = from / (from - x[r]);
+            ending = inside[r];
+          }
+        for (size_t r = 0; r < inside.size(); ++r) z[inside[r]] += fraction * (x[r] - z[inside[r]]);
+        if (ending < 0) break;
+        z[ending] = passive[ending] = 0;
+      }
     }
     return false;
   }
@@ -131,16 +161,6 @@ struct Solver {
     solve(block.data(), x.data(), size);
     slopes(a, b, x.data(), inside, slack.data(), n);
     return true;
-  }
-
-  // All entries that are wrong; after many rounds the most wrong one, and at last that of the highest index.
-  void exchange(int64_t round, double least) {
-    const int64_t all = 2 * kExchanges + kShifts;
-    int64_t worst = std::min_element(slack.begin(), slack.end()) - slack.begin();
-    if (round >= all + n)
-      for (worst = n - 1; slack[worst] >= least; --worst) {}
-    for (int64_t j = 0; j < n; ++j)
-      if (round < all ? slack[j] < least : j == worst) passive[j] ^= 1;
   }
 };
 

@@ -22,6 +22,7 @@ EPS = float(np.finfo(np.float64).eps)
 RIDGE = 1e-12
 _STATIONARY = 1e-6  # a convex combination this short, beside the shortest gradient, counts as zero
 _BLOCK = 2**18  # entries of all systems that are solved at once
+_TOLERANCE = 1e-10  # of signs, beside the largest entry
 _EXCHANGES = 8  # rounds in which all that is wrong is exchanged
 _SHIFTS = tuple(0.05 / 1.6**i for i in range(14))  # of the diagonal, in the rounds after these
 
@@ -45,9 +46,8 @@ def nonnegative_qp(matrix: Array, linear: Array, guess: Mask | None = None) -> A
     positive, solve for those, exchange the entries that contradict the guess, repeat; one or two rounds are usual. All
     problems advance at once. Exchanging everything may cycle, as it does where more entries are guessed than there are
     independent ones. So after some rounds the guess is led there by easier problems, with ever less added to the
-    diagonal; and where that has not helped single entries are exchanged: the most wrong one, and at last, which is slow
-    but sure to end (Murty's rule), that of the highest index. The numbers of rounds and the shifts are our choice.
-    ``csrc/cpu/dual_cone.cpp`` does the same.
+    diagonal; and what that does not solve is solved from scratch, slowly but surely (:func:`_descended`). The numbers
+    of rounds and the shifts are our choice. ``csrc/cpu/dual_cone.cpp`` does the same.
 
     Args:
         matrix: ``A``, positive definite with entries of order 1, ``[T, T]``.
@@ -57,32 +57,47 @@ def nonnegative_qp(matrix: Array, linear: Array, guess: Mask | None = None) -> A
     Returns:
         ``[K, T]``.
     """
-    num_problems, num_tasks = linear.shape
     passive = linear > 0.0 if guess is None else guess.copy()
     solution = np.zeros_like(linear)
-    todo = np.arange(num_problems)
-    shifts = (0.0,) * _EXCHANGES + _SHIFTS
-    all_wrong = len(shifts) + _EXCHANGES
-    for count in range(all_wrong + 20 * num_tasks):
-        shift = shifts[count] if count < len(shifts) else 0.0
+    todo = np.arange(len(linear))
+    for shift in (0.0,) * _EXCHANGES + _SHIFTS + (0.0,) * _EXCHANGES:
         tried = passive[todo]
         found = _solved_on(matrix, linear[todo], tried, shift)
         slack = np.where(tried, found, found @ matrix - linear[todo])
         if not shift:
             solution[todo] = np.maximum(found, 0.0)
             if slack.min() >= 0.0:
-                break
-        wrong = slack < -1e-10 * (1.0 + np.abs(found).max(1, keepdims=True))
+                return solution
+        wrong = slack < -_TOLERANCE * (1.0 + np.abs(found).max(1, keepdims=True))
         if not shift:
             left = wrong.any(1)
             if not left.any():
-                break
-            todo, wrong, slack = todo[left], wrong[left], slack[left]
-        if count >= all_wrong:
-            last = num_tasks - 1 - wrong[:, ::-1].argmax(1)
-            single = slack.argmin(1) if count < all_wrong + num_tasks else last
-            wrong &= np.arange(num_tasks) == single[:, None]
+                return solution
+            todo, wrong = todo[left], wrong[left]
         passive[todo] ^= wrong
+    for problem in todo:
+        solution[problem] = _descended(matrix, linear[problem])
+    return solution
+
+
+def _descended(matrix: Array, linear: Array) -> Array:
+    """One problem by the method of Lawson & Hanson (1974), which never leaves ``z ≥ 0`` and never rises."""
+    solution, passive = np.zeros_like(linear), np.zeros(len(linear), dtype=bool)
+    for _ in range(20 * len(linear)):
+        slack = np.where(passive, 0.0, matrix @ solution - linear)
+        if slack.min() >= -_TOLERANCE * (1.0 + solution.max()):
+            break
+        passive[slack.argmin()] = True
+        while True:
+            found = _solved_on(matrix, linear[None], passive[None], 0.0)[0]
+            ending = np.flatnonzero(found < 0.0)
+            if not len(ending):
+                break
+            fractions = solution[ending] / (solution[ending] - found[ending])
+            solution += fractions.min() * (found - solution)
+            passive[ending[fractions.argmin()]] = False
+            solution *= passive
+        solution = found
     return solution
 
 
