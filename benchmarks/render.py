@@ -266,13 +266,24 @@ def bench_cases(run: str) -> list[dict[str, Any]]:
 
 def overhead_table() -> str:
     """CPU time of training with statistics or AutoScale, relative to training without."""
+
+    def shown(ratio: dict[str, float] | None) -> str:
+        return "–" if ratio is None else "{median:.3f} ({lowest:.3f} to {highest:.3f})".format(**ratio)
+
     rows = []
     for record in load("overhead")["records"]:
-        ratio = record.get("ratio")
-        whole = "–" if ratio is None else "{median:.3f} ({lowest:.3f} to {highest:.3f})".format(**ratio)
+        whole = [shown(record.get(key)) for key in ("ratio", "ratio_by_hand")]
         steps = [number(record.get(key), 3) for key in ("recorded_step_ratio", "other_step_ratio")]
-        rows.append([record["training"], str(record["num_tasks"]), record["variant"], whole, *steps])
-    header = ["training", "T", "with", "time / without", "a recorded step", "another step"]
+        rows.append([record["training"], str(record["num_tasks"]), record["variant"], *whole, *steps])
+    header = [
+        "training",
+        "T",
+        "with",
+        "time / without",
+        "/ the same weights by hand",
+        "a recorded step",
+        "another step",
+    ]
     return table(header, rows, markdown=True)
 
 
