@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -32,6 +32,7 @@ class Case:
         samples: ``[N, ...]``.
         targets: ``[T, N, 4]``; ``[T, N / T, 4]`` where tasks own their samples; ``[N, 4]`` for per-sample losses.
         owner: Task of each sample, int64 ``[N]``, or None where tasks share samples.
+        autocast: Whether the forward pass runs under bfloat16 autocast.
         parameters: Those of the trunk.
     """
 
@@ -40,6 +41,7 @@ class Case:
     samples: Tensor
     targets: Tensor
     owner: Tensor | None
+    autocast: bool = False
     parameters: list[nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,14 +53,22 @@ class Case:
         return len(self.targets)
 
     def double(self) -> Case:
-        """The same in float64, in place."""
+        """The same in float64, which autocast leaves alone, in place."""
         self.trunk.double()
         self.heads.double()
         self.samples, self.targets = self.samples.double(), self.targets.double()
         return self
 
+    def precision(self) -> torch.autocast:
+        """In which forward passes run."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.autocast)
+
     def forward(self) -> tuple[Tensor, Losses]:
         """The trunk's output ``[N, ...]`` and ``T`` losses; those of samples in one tensor."""
+        with self.precision():
+            return self._forward()
+
+    def _forward(self) -> tuple[Tensor, Losses]:
         features = self.trunk(self.samples)
         if not self.heads:
             return features, (features - self.targets).square().mean(1)
@@ -157,6 +167,7 @@ class Model:
         batch: Samples that tasks share.
         owned: Samples that each task owns, by the number of tasks.
         title: For tables.
+        autocast: Whether the forward pass runs under bfloat16 autocast.
     """
 
     build: Callable[[], nn.Module]
@@ -165,6 +176,7 @@ class Model:
     batch: int
     owned: dict[int, int]
     title: str
+    autocast: bool = False
 
 
 MODELS = {
@@ -173,6 +185,11 @@ MODELS = {
     "transformer": Model(transformer, (64, 256), 256, 8, {2: 16, 8: 4, 32: 1}, "Transformer"),
     "nn-transformer": Model(torch_transformer, (64, 256), 256, 8, {2: 16, 8: 4, 32: 1}, "nn.TransformerEncoder"),
     "tiny": Model(lambda: mlp(8, 16, 16), (8,), 16, 6, {2: 3}, "tiny MLP"),
+}
+#: Two of them in mixed precision.
+MODELS |= {
+    f"{name}-autocast": replace(MODELS[name], title=f"{MODELS[name].title}, autocast", autocast=True)
+    for name in ("mlp", "transformer")
 }
 
 
@@ -195,4 +212,4 @@ def build_case(model: str, num_tasks: int, sharing: str) -> Case:
             owner = torch.arange(num_tasks).repeat_interleave(rows)
         samples = torch.randn(rows if owner is None else len(owner), *spec.sample)
         targets = torch.randn(num_tasks, rows, OUTPUTS)
-    return Case(trunk, heads, samples, targets, owner)
+    return Case(trunk, heads, samples, targets, owner, spec.autocast)

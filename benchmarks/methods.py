@@ -123,7 +123,9 @@ def func(case: Case) -> Run:
 
     def run(_: Tensor, losses: Losses) -> Tensor:
         jacobian = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
-        return by_parameter(list(jacobian(values, case.samples, case.targets).values()))
+        with case.precision():
+            gradients = jacobian(values, case.samples, case.targets)
+        return by_parameter(list(gradients.values()))
 
     return run
 
