@@ -116,7 +116,7 @@ class Survey:
     def _measure(self) -> list[SegmentFacts]:
         graph = self._graph
         entering = _entering(graph, self.segments)
-        waiting = _passed_on(graph, set().union(*entering))
+        waiting = _passed_on(graph, set().union(*entering)) if self.linear else set()
         return [
             SegmentFacts(
                 tasks=max((graph.reached_by[node].bit_count() for node in segment.nodes), default=1),
