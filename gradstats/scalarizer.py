@@ -240,6 +240,7 @@ class Scalarizer(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return _weighted_sum(means, weighting.weights)
         if self.accumulate == 1 and weighting.settled and not self._monitor_is_due():
+            # Most steps of most trainings: on small networks all that is spared here shows.
             self._progress.step += 1
             return torch.dot(means, self._as_needed(weighting.weights, means))
         stats = self._collect(listed, owner=owner) if self.wants_stats() else None
