@@ -632,6 +632,19 @@ def test_a_layer_used_far_apart(table: nn.Module, method: str) -> None:
         check(model, model.over(torch.tanh(high)), method, list(model.table.parameters()))
 
 
+@pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_hook_on_a_view_of_a_parameter_that_is_used_far_apart(method: str) -> None:
+    weight, layers = nn.Parameter(torch.randn(8, 8)), nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+    view = weight.t()
+    view.register_hook(lambda grad: 2 * grad)
+    h = torch.tanh(layers[0](torch.randn(4, 8)))
+    h = torch.tanh(layers[1](torch.tanh(h @ weight.t())))
+    losses = list(torch.tanh(layers[2](torch.tanh(h @ view))).square().mean(0)[:3])
+    stats = gradstats.from_losses(losses, [weight, *layers.parameters()], method=method, retain_graph=True)
+    assert_gram(stats.gram, plain_gram(losses, [weight, *layers.parameters()]))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_graph_of_thousands_of_nodes(method: str) -> None:
     model = nn.ParameterDict({"a": torch.tensor(0.999), "b": torch.randn(3)})

@@ -51,7 +51,10 @@ def route(job: Job, *, batched: bool | None, max_bytes: int | None = None) -> tu
     """
     make = functools.partial(make_plan, batched=batched, may_factor=not job.needs_gradients, max_bytes=max_bytes)
     may_cut = batched is not None or max_bytes is not None or not _is_small(job)
-    here = Survey(job.graph, job.targets, job.inputs, job.names, may_cut=may_cut)
+    look = functools.partial(Survey, job.graph, job.targets, job.inputs, job.names)
+    here = look(may_cut=may_cut)
+    if any(_changes(edge, edge) for edge in _taken_above_leaves(here.segments)):
+        here = look(may_cut=False)  # as a hook there would run once more on the way to the leaf
     plan = make(here.facts)
     factored = [leaf for step, segments in _by_step(here, plan) for leaf in _factored(step, segments)]
     hooked = [leaf for leaf in factored if _is_hooked(here.linear[leaf])]
@@ -110,6 +113,13 @@ def _by_step(here: Survey, plan: Plan) -> Iterator[tuple[Step, list[Segment]]]:
     for step in plan.steps:
         yield step, here.segments[first : first + step.segments]
         first += step.segments
+
+
+def _taken_above_leaves(segments: Iterable[Segment]) -> Iterator[Edge]:
+    """The edges at which gradients of leaves are taken that later segments use as well."""
+    for segment in segments:
+        for leaf, edges in segment.leaves.items():
+            yield from (edge for edge in edges if edge[0] is not leaf)
 
 
 def _leaves(segments: Iterable[Segment]) -> list[Node]:
