@@ -149,6 +149,9 @@ def test_nonnegative_qp_ends_where_hardly_any_direction_agrees():
     assert solution.min() >= 0.0
     assert slope.min() >= -1e-8
     assert np.abs(solution * slope).max() <= 1e-8
+    if gradstats.backends()["cpu"].available:
+        weights = compiled.weights(units @ units.T, each=True)
+        assert (units @ (weights @ units)).min() >= -1e-8
 
 
 def test_indefinite_estimates_are_replaced_by_the_nearest_semidefinite_matrix():
