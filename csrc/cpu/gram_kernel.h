@@ -1,5 +1,6 @@
 // The CPU kernel: included once per instruction set, inside a namespace that defines kVectorBytes, kTile (rows on each
-// side of a tile whose sums fit in registers), `widen` (16 to 32 and 32 to 64 bits), `half` and `total` of vectors.
+// side of a tile whose sums fit in registers), `widen` (16 to 32 and 32 to 64 bits), `half` of a vector and `totals` of as
+// many as one has entries.
 //
 // The products of all pairs of rows are added tile by tile, a few vectors of each row at a time, in one of two types:
 //
@@ -15,8 +16,8 @@
 // Vectors of each row that a tile multiplies at a time, at most, and such steps between two folds. Of 8 times 8 terms,
 // constants lose 2.2e-7; of 64 in one chain 9e-7.
 constexpr int kStep = 8, kSteps = 8;
-// Lines of a row that are asked for one after another where the memory is the limit: it gives neighbours faster than
-// one line of each row in turn.
+// Lines of a row that are read one after another where the memory is the limit: it gives neighbours faster than one line
+// of each row in turn.
 constexpr int kBurst = 4;
 // Rows whose tiles stay in cache over a chunk, a group.
 constexpr int64_t kGroup = 16 * kTile;
@@ -204,9 +205,19 @@ void add_tile(const Acc* a, const Acc* b, int64_t stride, int64_t count, const A
   add_to_tile<false, kTile, C, Acc>(sum, tile);
 }
 
+// Asks for kBurst lines of each of the rows [first, last), those of one row after another.
+template <class In>
+[[gnu::always_inline]] inline void ask_for_bursts(const In* const* rows, int first, int last) {
+#pragma GCC unroll 8
+  for (int r = first; r < last; ++r)
+#pragma GCC unroll 4
+    for (int line = 0; line < kBurst; ++line) ask_for(rows[r], line * 64);
+}
+
 // Adds the products of kTile + C rows over kBurst lines to their three tiles: of the first rows among themselves, of the
-// last ones, and between both. Asks for as many lines that come later, those of one row after another. Not inlined,
-// where the compiler keeps all the addresses and runs out of registers.
+// last ones, and between both. Asks for these very lines, a part of the rows at a time: what lies further ahead the
+// processor foresees best where nobody asks for it. Not inlined, where the compiler keeps all the addresses and runs out
+// of registers.
 template <int C, class In, class Acc>
 [[gnu::noinline]] void add_three_tiles(const void* const* rows, int64_t from, Tile<Acc>* tile) {
   constexpr int R = kTile + C;
@@ -216,10 +227,7 @@ template <int C, class In, class Acc>
   for (int r = 0; r < R; ++r) in[r] = static_cast<const In*>(rows[r]) + from;
 #pragma GCC unroll 4
   for (int line = 0; line < kBurst; ++line) {
-#pragma GCC unroll 8
-    for (int r = R * line / kBurst; r < R * (line + 1) / kBurst; ++r)
-#pragma GCC unroll 4
-      for (int later = 0; later < kBurst; ++later) ask_for(in[r], kPrefetchBytes<In, false> + later * 64);
+    ask_for_bursts(in, R * line / kBurst, R * (line + 1) / kBurst);
 #pragma GCC unroll 2
     for (int64_t k = line * kLine<In>; k < (line + 1) * kLine<In>; k += kLanes<Acc>) {
       Vec<Acc> x[kTile];
@@ -265,7 +273,7 @@ void for_each_width(int64_t num_rows, const Function& function) {
 }
 
 // Tiles of a group of rows with itself.
-inline int64_t num_tiles(int64_t num_rows) {
+constexpr int64_t num_tiles(int64_t num_rows) {
   const int64_t side = (num_rows + kTile - 1) / kTile;
   return side * (side + 1) / 2;
 }
@@ -319,12 +327,17 @@ inline bool is_strip(int64_t num_rows) { return kTile == 4 && kTile < num_rows &
 // Steps between two folds. Those of a strip are short: of 12 times 4 terms constants lose 2.4e-7.
 inline int64_t steps_of_chunk(int64_t num_rows) { return is_strip(num_rows) ? 12 : kSteps; }
 
-// Adds the products of a step of such rows, kBurst lines, to their tiles.
-template <class In, class Acc>
-void add_strip(const void* const* rows, int64_t num_rows, int64_t from, Tile<Acc>* tile) {
-  for_each_width(num_rows - kTile, [&](int64_t, auto width) {
-    add_three_tiles<decltype(width)::value, In>(rows, from, tile);
-  });
+// Adds the products of whole steps of kTile + C rows, of kBurst lines each, to their tiles. Asks for the next step, so that
+// the memory has work while the sums are folded.
+template <int C, class In, class Acc>
+void add_strip(const void* const* rows, int64_t from, int64_t count, Tile<Acc>* tile) {
+  constexpr int R = kTile + C;
+  const int64_t stop = from + count;
+  for (; from < stop; from += kBurst * kLine<In>) add_three_tiles<C, In>(rows, from, tile);
+  const In* next[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) next[r] = static_cast<const In*>(rows[r]) + stop;
+  ask_for_bursts(next, 0, R);
 }
 
 // Adds the products of a step of a group's rows to its tiles, and keeps the rows in `block`.
@@ -360,18 +373,16 @@ Tile<Acc>* add_groups(const Acc* a, const Acc* b, int64_t num_rows, int64_t stri
   return tile;
 }
 
-// Adds to sums in float64 what float32 has gathered in a chunk, and clears it. Two lanes of float32 are added before
-// they become one of float64: exactly, where they are alike.
-inline void fold(Tile<float>* from, int64_t num_tiles, Tile<double>* to) {
-  for (; num_tiles > 0; --num_tiles, ++from, ++to) {
-    Vec<float>* const in = &from->sum[0][0];
-    Vec<double>* const out = &to->sum[0][0];
-#pragma GCC unroll 16
-    for (int k = 0; k < kTile * kTile; ++k) {
-      out[k] += widen(half<0>(in[k]) + half<1>(in[k]));
-      in[k] = Vec<float>{};
-    }
+// The totals of as many vectors of sums in float32 as one of float64 has entries, and clears them. Two lanes of float32 are
+// added before they become one of float64: exactly, where they are alike.
+inline Vec<double> take_totals(Vec<float>* sums) {
+  Vec<double> x[kLanes<double>];
+#pragma GCC unroll 8
+  for (int k = 0; k < kLanes<double>; ++k) {
+    x[k] = widen(half<0>(sums[k]) + half<1>(sums[k]));
+    sums[k] = Vec<float>{};
   }
+  return totals(x);
 }
 
 template <class In>
@@ -380,6 +391,21 @@ bool is_zero(const In* row, int64_t count) {
   for (int64_t k = 0; k < count; k += kLanes<float>) bits |= (Vec<uint32_t>)load<float>(row + k) << 1;
   for (int lane = 1; lane < kLanes<float>; ++lane) bits[0] |= bits[lane];
   return bits[0] == 0;
+}
+
+// Whether float32 could hold the products of a chunk's row with others that it could hold, to judge by its sum of squares.
+// By Cauchy and Schwarz no sum exceeds the largest sum of squares, and what underflows is nothing beside rows that are not
+// tiny. NaN and inf are left to float64.
+template <class In>
+bool in_range(double square, const In* row, int64_t count) {
+  return square <= 0x1p100 && (square >= 0x1p-90 || is_zero(row, count));
+}
+
+// Sums in a tile, and in so many tiles, rounded up to what take_totals takes at once.
+constexpr int64_t kTileSums = kTile * kTile;
+
+constexpr int64_t padded_sums(int64_t num_tiles) {
+  return (num_tiles * kTileSums + kLanes<double> - 1) / kLanes<double> * kLanes<double>;
 }
 
 // Where the sums lie: the tiles of each group with itself, one group after another and column by column with the tile
@@ -402,18 +428,43 @@ struct Layout {
     const int64_t columns = (std::min(kGroup, num_tasks - h * kGroup) + kTile - 1) / kTile;
     return own_tiles() + h * (h - 1) / 2 * kSide * kSide + (g * columns + column) * kSide + row;
   }
+  // The sum of rows i <= j, counted through all tiles.
+  int64_t sum(int64_t i, int64_t j) const { return tile(i, j) * kTileSums + i % kTile * kTile + j % kTile; }
 };
+
+// Adds the products of a chunk of kTile + C rows to the totals of all chunks. False: float32 cannot hold them, and nothing
+// was added. So few totals stay in registers, and the memory hardly has to wait for them.
+template <int C, class In>
+[[gnu::noinline]] bool add_strip_chunk(const void* const* rows, int64_t from, int64_t count, Tile<float>* tile, double* totals) {
+  constexpr int kVectors = padded_sums(3) / kLanes<double>;
+  add_strip<C, In>(rows, from, count, tile);
+  Vec<float>* const sums = &tile->sum[0][0];
+  Vec<double> chunk[kVectors];
+#pragma GCC unroll 16
+  for (int k = 0; k < kVectors; ++k) chunk[k] = take_totals(sums + k * kLanes<double>);
+#pragma GCC unroll 8
+  for (int r = 0; r < kTile + C; ++r) {
+    const int64_t k = Layout{kTile + C}.sum(r, r);
+    const double square = chunk[k / kLanes<double>][k % kLanes<double>];
+    if (!in_range(square, static_cast<const In*>(rows[r]) + from, count)) return false;
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < kVectors; ++k) add_to(totals + k * kLanes<double>, chunk[k]);
+  return true;
+}
 
 // ---- one slot -----------------------------------------------------------------------------------------------------
 
 // Writes the weighted sums of entries [from, stop) of parameter k (combine_kernel.h).
 void combine(const Problem& problem, int64_t k, int64_t from, int64_t stop);
 
-// Entries of a parameter that stay in cache from their products to their weighted sums. The products are cut like that
-// where nothing is combined, too: in whole chunks, to give the same sums.
+// Entries that are whole chunks of any kind. A parameter may be cut there without another sum.
+constexpr int64_t kWholeChunks = 3 * std::max(kChunk<float>, kChunk<double>);
+
+// Entries of a parameter that stay in cache from their products to their weighted sums.
 inline int64_t span_entries(DType dtype, int64_t num_tasks) {
-  constexpr int64_t kSpanBytes = 1 << 16, kChunks = std::max(kChunk<float>, kChunk<double>);
-  return std::max<int64_t>(1, kSpanBytes / (num_tasks * element_size(dtype) * kChunks)) * kChunks;
+  constexpr int64_t kSpanBytes = 1 << 16;
+  return std::max<int64_t>(1, kSpanBytes / (num_tasks * element_size(dtype) * kWholeChunks)) * kWholeChunks;
 }
 
 struct Slot {
@@ -423,25 +474,40 @@ struct Slot {
   int64_t kept_steps = layout.has_groups() ? kSteps : 1;  // rows are kept over a chunk where several groups need them
   Buffer block = allocate(num_tasks * (kept_steps * kStep * kVectorBytes + 64));
   Buffer gathered = allocate((num_tasks + 1) * kGatheredStride * sizeof(double));  // then the roots of the metric
-  Buffer partial = allocate(layout.own_tiles() * sizeof(Tile<float>));  // enough for those of any two groups, too
-  Buffer sums = allocate(layout.tiles() * sizeof(Tile<double>));
-  int64_t filled = 0;  // columns gathered
+  // Of the chunk: sums in float32, enough for the tiles of any two groups, too; then their totals.
+  Buffer chunk_sums = allocate(padded_sums(layout.own_tiles()) * sizeof(Vec<float>));
+  Buffer chunk_totals = allocate(padded_sums(layout.own_tiles()) * sizeof(double));
+  // Of all chunks in float32, and of all that is added in float64.
+  Buffer all_totals = allocate(layout.tiles() * kTileSums * sizeof(double));
+  Buffer all_sums = allocate(layout.tiles() * sizeof(Tile<double>));
+  std::vector<int64_t> squares;  // where each row's own lies among the sums
+  int64_t filled = 0;            // columns gathered
 
-  explicit Slot(const Problem& problem) : problem(problem) {}
+  explicit Slot(const Problem& problem) : problem(problem) {
+    for (int64_t t = 0; t < num_tasks; ++t) squares.push_back(layout.sum(t, t));
+  }
 
-  Tile<double>* sum_tiles() const { return reinterpret_cast<Tile<double>*>(sums.get()); }
-  Tile<float>* partial_tiles() const { return reinterpret_cast<Tile<float>*>(partial.get()); }
+  double* totals() const { return static_cast<double*>(all_totals.get()); }
+  Tile<double>* sum_tiles() const { return static_cast<Tile<double>*>(all_sums.get()); }
 
-  // Whether float32 could hold the products of the chunk's rows. By Cauchy and Schwarz no sum exceeds the largest sum
-  // of squares, and what underflows is nothing beside rows that are not tiny. NaN and inf are left to float64.
-  template <class In>
-  bool in_range(const void* const* rows, int64_t from, int64_t count) const {
-    for (int64_t t = 0; t < num_tasks; ++t) {
-      const Vec<float>& lanes = partial_tiles()[layout.tile(t, t)].sum[t % kTile][t % kTile];
-      const float square = total(half<0>(lanes) + half<1>(lanes));
-      if (!(square <= 0x1p100f)) return false;
-      if (square < 0x1p-90f && !is_zero(static_cast<const In*>(rows[t]) + from, count)) return false;
-    }
+  // Takes the totals of the chunk's tiles, the first so many.
+  const double* take_chunk(int64_t num_tiles) {
+    Vec<float>* const sums = static_cast<Vec<float>*>(chunk_sums.get());
+    double* const to = static_cast<double*>(chunk_totals.get());
+    for (int64_t k = 0; k < num_tiles * kTileSums; k += kLanes<double>) store(to + k, take_totals(sums + k));
+    return to;
+  }
+
+  static void add_totals(const double* __restrict from, int64_t num_tiles, double* __restrict to) {
+    for (int64_t k = 0; k < num_tiles * kTileSums; ++k) to[k] += from[k];
+  }
+
+  // As add_products, of rows that a strip holds.
+  template <int C, class In, class Acc>
+  bool add_strip_products(const void* const* rows, int64_t from, int64_t count) {
+    if constexpr (std::is_same_v<Acc, float>)
+      return add_strip_chunk<C, In>(rows, from, count, static_cast<Tile<float>*>(chunk_sums.get()), totals());
+    add_strip<C, In>(rows, from, count, sum_tiles());
     return true;
   }
 
@@ -449,10 +515,17 @@ struct Slot {
   // and nothing was added.
   template <class In, class Acc>
   bool add_products(const void* const* rows, int64_t from, int64_t count) {
+    if (is_strip(num_tasks)) {
+      bool added = false;
+      for_each_width(num_tasks - kTile, [&](int64_t, auto width) {
+        added = add_strip_products<decltype(width)::value, In, Acc>(rows, from, count);
+      });
+      return added;
+    }
     constexpr bool kFolds = std::is_same_v<Acc, float>;
     const int64_t step = step_entries<In, Acc>(num_tasks), row = kept_steps * step + kLine<Acc>;
     Acc* const kept = reinterpret_cast<Acc*>(block.get());
-    Tile<Acc>* const tiles = reinterpret_cast<Tile<Acc>*>(kFolds ? partial.get() : sums.get());
+    Tile<Acc>* const tiles = static_cast<Tile<Acc>*>(kFolds ? chunk_sums.get() : all_sums.get());
     const auto for_each_step = [&](const auto& function) {
       for (int64_t k = 0; k < count; k += step) function(k, std::min(count - k, step));
     };
@@ -461,30 +534,28 @@ struct Slot {
     for (int64_t g = 0; g < num_tasks; g += kGroup) {
       const int64_t num_rows = std::min(kGroup, num_tasks - g);
       for_each_step([&](int64_t k, int64_t n) {
-        if (is_strip(num_tasks)) return add_strip<In>(rows, num_tasks, from + k, tile);
         Acc* const to = kept + g * row + (layout.has_groups() ? k : 0);
         add_group<In>(rows + g, num_rows, from + k, n, to, row, tile);
       });
       tile += num_tiles(num_rows);
     }
     if constexpr (kFolds) {
-      if (!in_range<In>(rows, from, count)) {
-        std::memset(partial.get(), 0, layout.own_tiles() * sizeof(Tile<float>));
-        return false;
-      }
-      fold(tiles, layout.own_tiles(), sum_tiles());
+      const double* const chunk = take_chunk(layout.own_tiles());
+      for (int64_t t = 0; t < num_tasks; ++t)
+        if (!in_range(chunk[squares[t]], static_cast<const In*>(rows[t]) + from, count)) return false;
+      add_totals(chunk, layout.own_tiles(), totals());
     }
 
-    Tile<double>* sum = sum_tiles() + layout.own_tiles();
+    int64_t first = layout.own_tiles();
     for (int64_t h = kGroup; h < num_tasks; h += kGroup)
       for (int64_t g = 0; g < h; g += kGroup) {
-        Tile<Acc>* const first = kFolds ? tiles : reinterpret_cast<Tile<Acc>*>(sum);
-        Tile<Acc>* last = first;
+        Tile<Acc>* const begin = kFolds ? tiles : tiles + first;
+        Tile<Acc>* end = begin;
         for_each_step([&](int64_t k, int64_t n) {
-          last = add_groups(kept + g * row + k, kept + h * row + k, std::min(kGroup, num_tasks - h), row, n, first);
+          end = add_groups(kept + g * row + k, kept + h * row + k, std::min(kGroup, num_tasks - h), row, n, begin);
         });
-        if constexpr (kFolds) fold(first, last - first, sum);
-        sum += last - first;
+        if constexpr (kFolds) add_totals(take_chunk(end - begin), end - begin, totals() + first * kTileSums);
+        first += end - begin;
       }
     return true;
   }
@@ -495,9 +566,12 @@ struct Slot {
     const void* const* const rows = walk.data.data();
     // Where a single tile does it all, float64 keeps up with the memory, and no row is needed again.
     if (num_tasks <= kTile) {
-      const int64_t count = (stop - from) / kGathered * kGathered;
-      add_alone<In>(rows, num_tasks, from, count, *sum_tiles());
-      return from + count;
+      stop -= (stop - from) % kGathered;
+      for (int64_t count; from < stop; from += count) {
+        count = std::min(kWholeChunks, stop - from);
+        add_alone<In>(rows, num_tasks, from, count, *sum_tiles());
+      }
+      return from;
     }
     using Acc = std::conditional_t<std::is_same_v<In, double>, double, float>;
     const int64_t step = step_entries<In, Acc>(num_tasks);
@@ -564,7 +638,7 @@ struct Slot {
     for (int64_t k = problem.parameter_at(begin); begin < end; ++k) {
       const Walk& walk = problem.walks[k];
       const int64_t stop = std::min(walk.numel, end - problem.starts[k]);
-      const int64_t span = span_entries(walk.dtype, num_tasks);
+      const int64_t span = problem.weights == nullptr ? stop : span_entries(walk.dtype, num_tasks);
       for (int64_t next, from = begin - problem.starts[k]; from < stop; from = next) {
         next = std::min(stop, from + span);
         const int64_t rest = problem.is_run[k] ? add_runs(walk, from, next) : from;
@@ -581,7 +655,7 @@ struct Slot {
     for (int64_t i = 0; i < num_tasks; ++i)
       for (int64_t j = i; j < num_tasks; ++j, ++out) {
         const Vec<double>& lanes = sum_tiles()[layout.tile(i, j)].sum[i % kTile][j % kTile];
-        *out = 0;
+        *out = totals()[layout.sum(i, j)];
         for (int lane = 0; lane < kLanes<double>; ++lane) *out += lanes[lane];
       }
   }
