@@ -1,6 +1,6 @@
 // The CPU kernel: included once per instruction set, inside a namespace that defines kVectorBytes, kTile (rows on each
-// side of a tile whose sums fit in registers), `widen` (16 to 32 and 32 to 64 bits), `half` of a vector and `totals` of as
-// many as one has entries.
+// side of a tile whose sums fit in registers), `widen` (16 to 32 and 32 to 64 bits), `half` of a vector and `totals` of
+// as many vectors as one has entries.
 //
 // The products of all pairs of rows are added tile by tile, a few vectors of each row at a time, in one of two types:
 //
@@ -16,8 +16,8 @@
 // Vectors of each row that a tile multiplies at a time, at most, and such steps between two folds. Of 8 times 8 terms,
 // constants lose 2.2e-7; of 64 in one chain 9e-7.
 constexpr int kStep = 8, kSteps = 8;
-// Lines of a row that are read one after another where the memory is the limit: it gives neighbours faster than one line
-// of each row in turn.
+// Lines of a row that are read one after another where the memory is the limit: it gives neighbours faster than one
+// line of each row in turn.
 constexpr int kBurst = 4;
 // Rows whose tiles stay in cache over a chunk, a group.
 constexpr int64_t kGroup = 16 * kTile;
@@ -214,50 +214,59 @@ template <class In>
     for (int line = 0; line < kBurst; ++line) ask_for(rows[r], line * 64);
 }
 
-// Adds the products of kTile + C rows over kBurst lines to their three tiles: of the first rows among themselves, of the
-// last ones, and between both. Asks for these very lines, a part of the rows at a time: what lies further ahead the
-// processor foresees best where nobody asks for it. Not inlined, where the compiler keeps all the addresses and runs out
-// of registers.
+// Adds the products of kTile + C rows over kBurst lines to their sums, that of rows i <= j at j * (j + 1) / 2 + i. In
+// three tiles: the first rows among themselves, these with the last ones, and the last ones among themselves. Asks for
+// these very lines, half of the rows at a time: what lies further ahead the processor foresees best where nobody asks
+// for it. Not inlined, where the compiler keeps all the addresses and runs out of registers.
 template <int C, class In, class Acc>
-[[gnu::noinline]] void add_three_tiles(const void* const* rows, int64_t from, Tile<Acc>* tile) {
+[[gnu::noinline]] void add_strip_step(const void* const* rows, int64_t from, Vec<Acc>* sums) {
   constexpr int R = kTile + C;
   const In* in[R];
-  Vec<Acc> first[kTile][kTile] = {}, last[C][C] = {}, between[kTile][C] = {};
+  Vec<Acc> first[kTile][kTile], between[kTile][C], last[C][C];
+  const auto add = [](Vec<Acc>& sum, int64_t k, const Vec<Acc>& x, const Vec<Acc>& y) {
+    sum = k == 0 ? x * y : sum + x * y;
+  };
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) in[r] = static_cast<const In*>(rows[r]) + from;
 #pragma GCC unroll 4
   for (int line = 0; line < kBurst; ++line) {
-    ask_for_bursts(in, R * line / kBurst, R * (line + 1) / kBurst);
+    if (line % 2 == 0) ask_for_bursts(in, R * line / kBurst, R * (line + 2) / kBurst);
 #pragma GCC unroll 2
     for (int64_t k = line * kLine<In>; k < (line + 1) * kLine<In>; k += kLanes<Acc>) {
       Vec<Acc> x[kTile];
 #pragma GCC unroll 8
-      for (int r = 0; r < kTile; ++r) {
-        x[r] = load<Acc>(in[r] + k);
+      for (int j = 0; j < kTile; ++j) {
+        x[j] = load<Acc>(in[j] + k);
 #pragma GCC unroll 8
-        for (int c = 0; c <= r; ++c) first[c][r] += x[c] * x[r];
+        for (int i = 0; i <= j; ++i) add(first[i][j], k, x[i], x[j]);
       }
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) {
-        const Vec<Acc> y = load<Acc>(in[kTile + c] + k);
+      for (int j = 0; j < C; ++j) {
+        const Vec<Acc> y = load<Acc>(in[kTile + j] + k);
 #pragma GCC unroll 8
-        for (int r = 0; r < kTile; ++r) between[r][c] += x[r] * y;
+        for (int i = 0; i < kTile; ++i) add(between[i][j], k, x[i], y);
       }
     }
   }
-  add_to_tile<true, kTile, kTile, Acc>(first, tile[0]);
-  add_to_tile<false, kTile, C, Acc>(between, tile[2]);
+#pragma GCC unroll 8
+  for (int j = 0; j < R; ++j)
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile && i <= j; ++i)
+      sums[j * (j + 1) / 2 + i] += j < kTile ? first[i][j % kTile] : between[i][j % kTile];
 #pragma GCC unroll 8
   for (int64_t k = 0; k < kBurst * kLine<In>; k += kLanes<Acc>) {
     Vec<Acc> x[C];
 #pragma GCC unroll 8
-    for (int r = 0; r < C; ++r) {
-      x[r] = load<Acc>(in[kTile + r] + k);
+    for (int j = 0; j < C; ++j) {
+      x[j] = load<Acc>(in[kTile + j] + k);
 #pragma GCC unroll 8
-      for (int c = 0; c <= r; ++c) last[c][r] += x[c] * x[r];
+      for (int i = 0; i <= j; ++i) add(last[i][j], k, x[i], x[j]);
     }
   }
-  add_to_tile<true, C, C, Acc>(last, tile[1]);
+#pragma GCC unroll 8
+  for (int j = kTile; j < R; ++j)
+#pragma GCC unroll 8
+    for (int i = kTile; i <= j; ++i) sums[j * (j + 1) / 2 + i] += last[i - kTile][j - kTile];
 }
 
 // Calls `function(j, C)` for the rows [j, j + C) of each tile on the diagonal.
@@ -297,7 +306,7 @@ void add_alone(const void* const* rows, int64_t num_rows, int64_t from, int64_t 
 }
 
 // Whether the tiles on the diagonal, which read new rows, come often enough to keep the memory busy by themselves.
-inline bool has_few_tiles(int64_t num_rows) { return num_rows <= 2 * kTile; }
+constexpr bool has_few_tiles(int64_t num_rows) { return num_rows <= 2 * kTile; }
 
 // Entries of each row that a tile multiplies before it is the next one's turn: few, so that the tiles that read new
 // rows come often.
@@ -322,18 +331,17 @@ struct NextRows {
 };
 
 // Whether rows are multiplied by a strip: more than kTile, at most twice as many, and no more sums than registers.
-inline bool is_strip(int64_t num_rows) { return kTile == 4 && kTile < num_rows && has_few_tiles(num_rows); }
+constexpr bool is_strip(int64_t num_rows) { return kTile == 4 && kTile < num_rows && has_few_tiles(num_rows); }
 
 // Steps between two folds. Those of a strip are short: of 12 times 4 terms constants lose 2.4e-7.
 inline int64_t steps_of_chunk(int64_t num_rows) { return is_strip(num_rows) ? 12 : kSteps; }
 
-// Adds the products of whole steps of kTile + C rows, of kBurst lines each, to their tiles. Asks for the next step, so that
-// the memory has work while the sums are folded.
+// Adds the products of whole steps of kTile + C rows. Asks for the next step, so that the memory has work meanwhile.
 template <int C, class In, class Acc>
-void add_strip(const void* const* rows, int64_t from, int64_t count, Tile<Acc>* tile) {
+void add_strip(const void* const* rows, int64_t from, int64_t count, Vec<Acc>* sums) {
   constexpr int R = kTile + C;
   const int64_t stop = from + count;
-  for (; from < stop; from += kBurst * kLine<In>) add_three_tiles<C, In>(rows, from, tile);
+  for (; from < stop; from += kBurst * kLine<In>) add_strip_step<C, In, Acc>(rows, from, sums);
   const In* next[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) next[r] = static_cast<const In*>(rows[r]) + stop;
@@ -373,8 +381,8 @@ Tile<Acc>* add_groups(const Acc* a, const Acc* b, int64_t num_rows, int64_t stri
   return tile;
 }
 
-// The totals of as many vectors of sums in float32 as one of float64 has entries, and clears them. Two lanes of float32 are
-// added before they become one of float64: exactly, where they are alike.
+// The totals of as many vectors of sums in float32 as one of float64 has entries, and clears them. Two lanes of float32
+// are added before they become one of float64: exactly, where they are alike.
 inline Vec<double> take_totals(Vec<float>* sums) {
   Vec<double> x[kLanes<double>];
 #pragma GCC unroll 8
@@ -393,23 +401,23 @@ bool is_zero(const In* row, int64_t count) {
   return bits[0] == 0;
 }
 
-// Whether float32 could hold the products of a chunk's row with others that it could hold, to judge by its sum of squares.
-// By Cauchy and Schwarz no sum exceeds the largest sum of squares, and what underflows is nothing beside rows that are not
-// tiny. NaN and inf are left to float64.
+// Whether float32 could hold the products of a chunk's row with others that it could hold, to judge by its sum of
+// squares. By Cauchy and Schwarz no sum exceeds the largest sum of squares, and what underflows is nothing beside rows
+// that are not tiny. NaN and inf are left to float64.
 template <class In>
 bool in_range(double square, const In* row, int64_t count) {
   return square <= 0x1p100 && (square >= 0x1p-90 || is_zero(row, count));
 }
 
-// Sums in a tile, and in so many tiles, rounded up to what take_totals takes at once.
 constexpr int64_t kTileSums = kTile * kTile;
 
-constexpr int64_t padded_sums(int64_t num_tiles) {
-  return (num_tiles * kTileSums + kLanes<double> - 1) / kLanes<double> * kLanes<double>;
+// So many sums, rounded up to what take_totals takes at once.
+constexpr int64_t padded(int64_t num_sums) {
+  return (num_sums + kLanes<double> - 1) / kLanes<double> * kLanes<double>;
 }
 
 // Where the sums lie: the tiles of each group with itself, one group after another and column by column with the tile
-// on the diagonal first; then those of each two groups.
+// on the diagonal first; then those of each two groups. Those of a strip close together, without tiles.
 struct Layout {
   int64_t num_tasks;
 
@@ -428,23 +436,25 @@ struct Layout {
     const int64_t columns = (std::min(kGroup, num_tasks - h * kGroup) + kTile - 1) / kTile;
     return own_tiles() + h * (h - 1) / 2 * kSide * kSide + (g * columns + column) * kSide + row;
   }
-  // The sum of rows i <= j, counted through all tiles.
-  int64_t sum(int64_t i, int64_t j) const { return tile(i, j) * kTileSums + i % kTile * kTile + j % kTile; }
+  // The sum of rows i <= j.
+  int64_t sum(int64_t i, int64_t j) const {
+    return is_strip(num_tasks) ? j * (j + 1) / 2 + i : tile(i, j) * kTileSums + i % kTile * kTile + j % kTile;
+  }
 };
 
-// Adds the products of a chunk of kTile + C rows to the totals of all chunks. False: float32 cannot hold them, and nothing
-// was added. So few totals stay in registers, and the memory hardly has to wait for them.
+// Adds the products of a chunk of kTile + C rows to the totals of all chunks. False: float32 cannot hold them, and
+// nothing was added. So few totals stay in registers, and the memory hardly has to wait for them.
 template <int C, class In>
-[[gnu::noinline]] bool add_strip_chunk(const void* const* rows, int64_t from, int64_t count, Tile<float>* tile, double* totals) {
-  constexpr int kVectors = padded_sums(3) / kLanes<double>;
-  add_strip<C, In>(rows, from, count, tile);
-  Vec<float>* const sums = &tile->sum[0][0];
+[[gnu::noinline]] bool add_strip_chunk(const void* const* rows, int64_t from, int64_t count, Vec<float>* sums,
+                                       double* totals) {
+  constexpr int R = kTile + C, kVectors = padded(R * (R + 1) / 2) / kLanes<double>;
+  add_strip<C, In, float>(rows, from, count, sums);
   Vec<double> chunk[kVectors];
 #pragma GCC unroll 16
   for (int k = 0; k < kVectors; ++k) chunk[k] = take_totals(sums + k * kLanes<double>);
 #pragma GCC unroll 8
-  for (int r = 0; r < kTile + C; ++r) {
-    const int64_t k = Layout{kTile + C}.sum(r, r);
+  for (int r = 0; r < R; ++r) {
+    const int64_t k = Layout{R}.sum(r, r);
     const double square = chunk[k / kLanes<double>][k % kLanes<double>];
     if (!in_range(square, static_cast<const In*>(rows[r]) + from, count)) return false;
   }
@@ -475,8 +485,8 @@ struct Slot {
   Buffer block = allocate(num_tasks * (kept_steps * kStep * kVectorBytes + 64));
   Buffer gathered = allocate((num_tasks + 1) * kGatheredStride * sizeof(double));  // then the roots of the metric
   // Of the chunk: sums in float32, enough for the tiles of any two groups, too; then their totals.
-  Buffer chunk_sums = allocate(padded_sums(layout.own_tiles()) * sizeof(Vec<float>));
-  Buffer chunk_totals = allocate(padded_sums(layout.own_tiles()) * sizeof(double));
+  Buffer chunk_sums = allocate(padded(layout.own_tiles() * kTileSums) * sizeof(Vec<float>));
+  Buffer chunk_totals = allocate(padded(layout.own_tiles() * kTileSums) * sizeof(double));
   // Of all chunks in float32, and of all that is added in float64.
   Buffer all_totals = allocate(layout.tiles() * kTileSums * sizeof(double));
   Buffer all_sums = allocate(layout.tiles() * sizeof(Tile<double>));
@@ -506,8 +516,8 @@ struct Slot {
   template <int C, class In, class Acc>
   bool add_strip_products(const void* const* rows, int64_t from, int64_t count) {
     if constexpr (std::is_same_v<Acc, float>)
-      return add_strip_chunk<C, In>(rows, from, count, static_cast<Tile<float>*>(chunk_sums.get()), totals());
-    add_strip<C, In>(rows, from, count, sum_tiles());
+      return add_strip_chunk<C, In>(rows, from, count, static_cast<Vec<float>*>(chunk_sums.get()), totals());
+    add_strip<C, In, double>(rows, from, count, static_cast<Vec<double>*>(all_sums.get()));
     return true;
   }
 
@@ -654,7 +664,7 @@ struct Slot {
     if (filled > 0) add_gathered();
     for (int64_t i = 0; i < num_tasks; ++i)
       for (int64_t j = i; j < num_tasks; ++j, ++out) {
-        const Vec<double>& lanes = sum_tiles()[layout.tile(i, j)].sum[i % kTile][j % kTile];
+        const Vec<double>& lanes = static_cast<Vec<double>*>(all_sums.get())[layout.sum(i, j)];
         *out = totals()[layout.sum(i, j)];
         for (int lane = 0; lane < kLanes<double>; ++lane) *out += lanes[lane];
       }
