@@ -74,8 +74,8 @@ struct Free {
 };
 using Buffer = std::unique_ptr<void, Free>;
 
-// Asks for the memory so many bytes after `at`, whoever owns it. Always inlined, since GCC drops calls of a function that
-// does nothing else.
+// Asks for the memory so many bytes after `at`, whoever owns it. Always inlined, since GCC drops calls of a function
+// that does nothing else.
 template <bool kToWrite = false>
 [[gnu::always_inline]] inline void ask_for(const void* at, int64_t bytes) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + bytes), kToWrite);

@@ -490,12 +490,9 @@ struct Slot {
   // Of all chunks in float32, and of all that is added in float64.
   Buffer all_totals = allocate(layout.tiles() * kTileSums * sizeof(double));
   Buffer all_sums = allocate(layout.tiles() * sizeof(Tile<double>));
-  std::vector<int64_t> squares;  // where each row's own lies among the sums
-  int64_t filled = 0;            // columns gathered
+  int64_t filled = 0;  // columns gathered
 
-  explicit Slot(const Problem& problem) : problem(problem) {
-    for (int64_t t = 0; t < num_tasks; ++t) squares.push_back(layout.sum(t, t));
-  }
+  explicit Slot(const Problem& problem) : problem(problem) {}
 
   double* totals() const { return static_cast<double*>(all_totals.get()); }
   Tile<double>* sum_tiles() const { return static_cast<Tile<double>*>(all_sums.get()); }
@@ -552,7 +549,7 @@ struct Slot {
     if constexpr (kFolds) {
       const double* const chunk = take_chunk(layout.own_tiles());
       for (int64_t t = 0; t < num_tasks; ++t)
-        if (!in_range(chunk[squares[t]], static_cast<const In*>(rows[t]) + from, count)) return false;
+        if (!in_range(chunk[layout.sum(t, t)], static_cast<const In*>(rows[t]) + from, count)) return false;
       add_totals(chunk, layout.own_tiles(), totals());
     }
 
