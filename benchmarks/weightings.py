@@ -36,6 +36,7 @@ import torch
 import torchjd.aggregation as jd
 import torchjd.scalarization
 from collect import describe, stamp
+from render import HARDEST
 from rich.progress import track
 from torch import Tensor
 
@@ -45,7 +46,6 @@ from gradstats.weighting.condition import least_condition
 
 SIZES = (2, 8, 32, 128)
 KINDS = ("independent", "agreeing", "conflicting")
-HARDEST = "dependent"
 PROGRAMS = ("mgda", "cagrad", "upgrad", "dualproj", "pcd")
 ENTRIES = 1000
 WINDOW = "autoscale"
