@@ -4,11 +4,13 @@
 #   VENV       where it is
 #   PIP_ARGS   for pip; --extra-index-url https://download.pytorch.org/whl/cpu gets torch without CUDA on Linux
 #   OTHER_TORCH  the torch that `make abi` tests under
+#   GPU_STEPS  some of those of .ci/gpu, which does the same where nothing can be installed
 #   DEMO_ARGS  for examples/digits.py, such as "--seeds 1 --epochs 2"; TEST_ARGS for pytest, BENCH_ARGS for gradstats bench
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+GPU_STEPS ?= cuda triton memcheck racecheck bench linear
 OTHER_TORCH ?= 2.11.0
 ABI_VENV ?= .venv-torch-$(OTHER_TORCH)
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
@@ -27,14 +29,7 @@ test: $(VENV)/.with-test  ## Run the tests
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 gpu: $(VENV)/.with-test  ## Test, sanitize and time on a GPU, with a CUDA torch (PIP_ARGS, constraints.txt)
-	GRADSTATS_REQUIRE_COMPILED=1 $(BIN)/python -m pytest -m gpu $(TEST_ARGS)
-	GRADSTATS_REQUIRE_COMPILED=1 GRADSTATS_BACKEND=triton $(BIN)/python -m pytest tests/test_gpu.py $(TEST_ARGS)
-	@if command -v compute-sanitizer >/dev/null; then set -e; for tool in memcheck racecheck; do \
-	  echo "compute-sanitizer $$tool"; GRADSTATS_REQUIRE_COMPILED=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
-	    --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_gpu.py -k test_small; done; \
-	else echo "no compute-sanitizer here: accesses out of bounds and races not looked for"; fi
-	$(BIN)/python benchmarks/pairwise.py --device cuda
-	$(BIN)/python benchmarks/linear.py --device cuda --out benchmarks/results/linear_cuda.json
+	PYTHON=$(BIN)/python TEST_ARGS="$(TEST_ARGS)" BENCH_ARGS="$(BENCH_ARGS)" .ci/gpu $(GPU_STEPS)
 
 cuda-check: $(VENV)/.with-test  ## Check what nvcc makes of the CUDA kernels, without a GPU
 	$(BIN)/python csrc/check_cuda.py

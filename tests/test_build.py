@@ -99,3 +99,25 @@ def test_a_build_that_cannot_be_as_asked_says_why(checkout: Path, value: str, me
     failed = python("setup.py", "build_ext", cwd=checkout, GRADSTATS_CUDA=value)
     assert failed.returncode != 0
     assert message in failed.stderr
+
+
+def test_steps_on_a_gpu_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/bin/sh\necho "run $GRADSTATS_BACKEND $*"\ncase "$*" in *test_gpu.py) exit 1; esac\n')
+    (tmp_path / "compute-sanitizer").write_text('#!/bin/sh\necho "sanitize $*"\n')
+    for program in tmp_path.iterdir():
+        program.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(stand_in), "BENCH_ARGS": "--quick"}
+    env.pop("GRADSTATS_BACKEND", None)
+    done = subprocess.run([ROOT / ".ci/gpu"], env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    verdicts = [line.split()[1:3] for line in done.stdout.splitlines() if line.endswith(" s")]
+    failed = [["triton", "FAILED,"]]
+    passed = [[name, "passed,"] for name in ("build", "cuda", "memcheck", "racecheck", "bench", "linear")]
+    assert sorted(verdicts) == sorted(failed + passed)
+    assert "run triton -m pytest" in done.stdout
+    assert "--device cuda --quick" in done.stdout
+    ran = {word for line in done.stdout.splitlines() for word in line.split() if word.startswith("tests/")}
+    assert ran >= {"tests/test_gpu.py", "tests/test_triton.py", "tests/test_bench.py"}
+    wrong = subprocess.run([ROOT / ".ci/gpu", "fly"], env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert (wrong.returncode, "expected steps of build cuda" in wrong.stderr) == (2, True)
