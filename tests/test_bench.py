@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import operator
 import subprocess
 import sys
+import types
 
 import numpy
 import pytest
@@ -15,6 +17,7 @@ import render
 import torch
 
 import gradstats
+from gradstats import bench
 from gradstats.bench import machine, measure, methods, shapes, show
 from gradstats.cli import main
 from gradstats.ops import limits
@@ -149,6 +152,28 @@ def test_methods_take_turns_in_rotating_order(monkeypatch):
     times = measure.interleaved(calls, small, torch.device("cpu"), seconds=0.0)
     assert " ".join(log).replace("warm b b", "b") == "a b c b c a c a b a b c b c a"
     assert {name: len(values) for name, values in times.items()} == {"a": 5, "b": 5, "c": 5}
+
+
+def test_graphs_of_calls_that_take_much_memory_are_not_kept(monkeypatch):
+    captured = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=captured.append))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    calls = {name: functools.partial(captured.append, name) for name in ("read", "small", "large")}
+    facts = {"small": {"extra_bytes": 1 << 20}, "large": {"extra_bytes": 64 << 30}}
+    replays = measure._captured(calls, facts)
+    assert captured == ["read", "small"]
+    assert list(replays) == ["read, graph", "small, graph"]
+
+
+def test_a_case_that_does_not_fit_after_all_leaves_the_host_cost(monkeypatch, few_calls, capsys):
+    def measure_case(case, *, fits, **options):
+        if fits:
+            raise torch.OutOfMemoryError
+        return measure.measure_case(case, fits=fits, **options)
+
+    monkeypatch.setattr(bench, "measure_case", measure_case)
+    assert main(["bench", "--quick", "--tasks", "2", "--entries", "100", "--dtypes", "float32"]) == 0
+    assert "host cost alone" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_shares_are_of_the_limits_in_the_same_rounds():

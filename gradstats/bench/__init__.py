@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import torch
 
 from gradstats import ops
 from gradstats.bench.machine import available_bytes, describe
-from gradstats.bench.measure import Case, measure_case
+from gradstats.bench.measure import Case, Record, measure_case
 from gradstats.bench.shapes import MODELS
 from gradstats.bench.show import case_table, rooflines
 from gradstats.ops import limits
@@ -78,8 +79,7 @@ def run(options: argparse.Namespace) -> str:
     console.print_json(data=results["machine"])
     room = min(1e9 * options.memory, 0.9 * available_bytes(torch.device(options.device)))
     for case in cases(options):
-        fits = case.bytes_needed <= room
-        records = measure_case(case, seconds=options.seconds, compiled=options.compile, fits=fits)
+        records = _measured(case, options, fits=case.bytes_needed <= room)
         console.print(case_table(records))
         results["records"] += records
         if options.out is not None:  # after each case, since a run may be stopped
@@ -87,6 +87,13 @@ def run(options: argparse.Namespace) -> str:
     if options.picture is not None:
         save_figure(plot_roofline(rooflines(results["records"])), options.picture)
     return _LEGEND
+
+
+def _measured(case: Case, options: argparse.Namespace, fits: bool) -> list[Record]:
+    """The records of a case; if the memory of a GPU does not do after all, those of what does not fit."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        return measure_case(case, seconds=options.seconds, compiled=options.compile, fits=fits)
+    return measure_case(case, seconds=options.seconds, compiled=options.compile, fits=False)
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:

@@ -5,7 +5,8 @@
 * Before each call the caches are filled with something else, and on a CPU the method is then called on tensors of one
   entry: its code is warm, the gradients are cold.
 * On a GPU a time is that between two CUDA events around the call. The graph time is the same around the replay of a
-  CUDA graph of it, which leaves out what the host does; rates and shares are taken from it where it is there.
+  CUDA graph of it, which leaves out what the host does; rates and shares are taken from it where it is there. A method
+  that takes more than a GiB has none, as graphs keep their memory.
 * The limits take turns with the methods. One reads the same tensors and does nothing else (on a CPU in two ways, with
   and without asking for memory ahead; the faster counts). The other multiplies and adds in registers, in float64 for
   float64 and else in float32; for 16 bits on a GPU it is a large ``torch.mm``, since tensor cores have a higher rate.
@@ -46,6 +47,7 @@ _MULTIPLY_ADDS = {"cpu": 200_000_000, "cuda": 100_000_000_000}  # for each threa
 _LARGE = 8192  # side of matrices that keep the tensor cores busy
 _FLUSHED = 4  # times the size of the last cache
 _LEAST_ROUNDS, _MOST_ROUNDS, _HOST_CALLS = 5, 100, 25
+_MOST_KEPT = 1 << 30  # bytes that a graph may keep for as long as it is there
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def measure_case(case: Case, *, seconds: float, compiled: bool, fits: bool) -> l
         limit_calls = _reads(case, gradients) | multiplication
         calls = limit_calls | _working_calls(case, methods, gradients, facts)
         if case.device.type == "cuda":
-            calls |= _captured(calls)
+            calls |= _captured(calls, facts)
         times = interleaved(calls, _reads(case, single) | small, case.device, seconds)
         facts = {name: {} for name in limit_calls} | facts
         add_shares(case, times, facts, operations)
@@ -209,10 +211,12 @@ def _graph(name: str) -> str:
     return f"{name}, graph"
 
 
-def _captured(calls: Mapping[str, Call]) -> dict[str, Call]:
-    """Replays of CUDA graphs of those calls that can be captured."""
+def _captured(calls: Mapping[str, Call], facts: Mapping[str, Record]) -> dict[str, Call]:
+    """Replays of CUDA graphs of those calls that can be captured, and whose memory can be spared meanwhile."""
     replays: dict[str, Call] = {}
     for name, call in calls.items():
+        if facts.get(name, {}).get("extra_bytes", 0) > _MOST_KEPT:
+            continue  # it runs so long that what the host does hardly counts
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
