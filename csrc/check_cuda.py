@@ -61,15 +61,17 @@ MEANT = [
         Meant(name.format(dtype), registers, "HMMA.16816.F32" + (".BF16" if dtype != "Float16" else ""))
         for dtype in ("float", "BFloat16", "Float16")
         for name, registers in (
-            ("fragment_kernel<{}, 2,", 80),
-            ("fragment_kernel<{}, 4,", 168),
+            ("fragment_kernel<{}, 2, nothing,", 96),
+            ("fragment_kernel<{}, 2, combination,", 96),
+            ("fragment_kernel<{}, 4, nothing,", 168),
+            ("fragment_kernel<{}, 4, combination,", 168),
             ("pair_kernel<{},", 168),
         )
     ),
     *(
-        Meant(f"wide_kernel<{dtype}, {groups}, {metric},", registers, r"DMMA\.(8x8x4|884)")
+        Meant(f"wide_kernel<{dtype}, {groups}, {beside},", registers, r"DMMA\.(8x8x4|884)")
         for dtype in ("float", "BFloat16", "Float16", "double")
-        for metric in (("true", "false") if dtype == "double" else ("true",))
+        for beside in (("nothing", "metric", "combination") if dtype == "double" else ("metric",))
         for groups, registers in ((2, 80), (4, 168))
     ),
 ]

@@ -110,6 +110,8 @@ const std::array<T, 32>& exchange(const T& mine) {
 
 static void __syncthreads() { emulation::wait(emulation::State::at_block_barrier); }
 
+static void __syncwarp() { emulation::wait(emulation::State::at_warp_barrier); }
+
 static double __shfl_down_sync(unsigned, double value, int lanes) {
   return emulation::exchange(value)[std::min(31u, threadIdx.x % 32 + lanes)];
 }

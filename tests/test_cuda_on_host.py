@@ -161,6 +161,15 @@ def test_slots_grow_with_the_work_up_to_a_bound(kernels, num_tasks):
     assert plan(kernels, num_tasks, [10**5] * 10)[1] == plan(kernels, num_tasks, [10**6])[1]
 
 
+@pytest.mark.parametrize(("num_tasks", "at_a_time"), [(2, 12), (3, 5), (6, 4), (8, 3), (16, 5), (32, 3), (64, 4)])
+def test_large_problems_fill_an_h200_in_whole_rounds(kernels, num_tasks, at_a_time):
+    """As many blocks on each of its 132 multiprocessors as the registers that ``make cuda-check`` finds leave room for."""
+    (launch,), slots = plan(kernels, num_tasks, [10**9])
+    blocks = slots * launch[3]
+    assert blocks % (132 * at_a_time) == 0
+    assert blocks >= 8 * 132
+
+
 # ---- results --------------------------------------------------------------------------------------------------------
 
 
@@ -321,7 +330,7 @@ def test_combinations_of_more_than_one_launch_holds(kernels, num_tasks, num_para
 
 
 @pytest.mark.parametrize("dtype", CODES)
-@pytest.mark.parametrize("num_tasks", [1, 4, 5, 8])
+@pytest.mark.parametrize("num_tasks", [1, 4, 5, 8, 9, 20])
 def test_one_pass_gives_the_bits_of_two(kernels, num_tasks, dtype):
     rows = make(num_tasks, [2 * 2048 + 64, 259, 5, 301], [dtype] * 4)
     for row in rows:

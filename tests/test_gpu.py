@@ -68,7 +68,7 @@ def test_agrees_with_the_reference(num_tasks, dtype, form, weighed):
     assert_same(gram, expected)
 
 
-@pytest.mark.parametrize("num_tasks", [1, 2, 8, 33])
+@pytest.mark.parametrize("num_tasks", [1, 2, 8, 13, 32, 33])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", ["stacked", "listed", "missing"])
 def test_combinations_agree_with_the_reference(num_tasks, dtype, form):

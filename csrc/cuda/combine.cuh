@@ -46,20 +46,23 @@ __device__ void combine_entry(const Table& table, int segment, int64_t at) {
   round_to(row_beside<In>(table, segment) + at, sum);
 }
 
+// Writes the weighted sums of the next kThreads vectors from entry `begin` on, as thread `thread` of so many.
+template <class In, int kThreads, class Table>
+__device__ void combine_entries(const Table& table, int segment, int64_t begin, int thread) {
+  const int64_t numel = table.numel[segment], next = begin + kThreads * kWidth<In>;
+  if (is_whole<In>(table, segment, next)) {
+    const int64_t at = begin + thread * kWidth<In>;
+    if (at < numel) combine_vector<In>(table, segment, at);
+  } else {
+    for (int64_t at = begin + thread; at < next && at < numel; at += kThreads) combine_entry<In>(table, segment, at);
+  }
+}
+
 // Block x writes the weighted sums over the chunks of slot x.
 template <class In, class Table>
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_constant__ Table table) {
-  for (Chunk chunk = first_chunk_of(table, blockIdx.x); chunk.index < chunk.end; advance(table, chunk)) {
-    const int64_t numel = table.numel[chunk.segment], begin = chunk.position * kCombineChunk<In>;
-    const int64_t end = begin + kCombineChunk<In> < numel ? begin + kCombineChunk<In> : numel;
-    if (is_whole<In>(table, chunk.segment, begin + kCombineChunk<In>)) {
-      const int64_t at = begin + threadIdx.x * kWidth<In>;
-      if (at < end) combine_vector<In>(table, chunk.segment, at);
-    } else {
-      for (int64_t at = begin + threadIdx.x; at < end; at += kCombineThreads)
-        combine_entry<In>(table, chunk.segment, at);
-    }
-  }
+  for (Chunk chunk = first_chunk_of(table, blockIdx.x); chunk.index < chunk.end; advance(table, chunk))
+    combine_entries<In, kCombineThreads>(table, chunk.segment, chunk.position * kCombineChunk<In>, threadIdx.x);
 }
 
 }  // namespace gradstats::cuda

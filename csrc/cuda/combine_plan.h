@@ -23,7 +23,7 @@ namespace detail {
 template <class Table>
 void append_combine_launches(std::vector<CombineLaunch>& launches, DType dtype, int64_t num_tasks,
                              const double* weights, const std::vector<const Walk*>& walks) {
-  constexpr int64_t kMaxSlots = 8 * 1056;  // a few times what any device holds at once
+  constexpr int64_t kMaxSlots = 64 * kMultiprocessors;  // a few times what any device holds at once
   const int64_t chunk = with_dtype(dtype, [](auto in) -> int64_t { return kCombineChunk<decltype(in)>; });
   const size_t most = capacity<Table>(num_tasks);
   for (size_t first = 0; first < walks.size(); first += most) {

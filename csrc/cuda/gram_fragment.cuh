@@ -13,9 +13,11 @@
 // A float32 entry is the sum of three bfloat16 (8 + 8 + 8 bits): x = big + middle + small. Of the nine products, the
 // three that are left out (middle * small twice, small * small) are together below 6e-8 of x * x, and zero on average.
 // (Two TF32 halves, without the product of the smaller ones, would take a few instructions less but lose up to 5e-7.)
+//
+// Where gradients are combined as well, a warp does that right after the products of its columns.
 #pragma once
 
-#include "vectors.cuh"
+#include "combine.cuh"
 
 namespace gradstats::cuda {
 
@@ -25,7 +27,7 @@ constexpr int kFragmentWarps = 4, kPairWarps = 6;
 
 // Blocks on a multiprocessor, which is to say registers: enough loads in flight, nothing in local memory.
 template <int kRowGroups>
-constexpr int kFragmentBlocks = kRowGroups == 2 ? 6 : 3;
+constexpr int kFragmentBlocks = kRowGroups == 2 ? 5 : 3;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int kPairBlocks = 1;  // here the compiler needs a few registers more
 #else
@@ -148,6 +150,7 @@ struct Side {
 #pragma unroll
     for (int g = 0; g < kRowGroups; ++g)
       if (!aligned || at + kWidth<In> > numel) words[g] = load_entries(rows[g], at, numel);
+    __syncwarp();  // mma wants all lanes together
   }
 
   __device__ void convert(Operands<In> (&operands)[kRowGroups], const Words (&words)[kRowGroups]) {
@@ -172,6 +175,8 @@ struct Side {
 // the tiles below the diagonal. A tile has 16 x 8 pairs, of which a lane holds 4.
 template <class In, int kRowGroups, bool kSelf>
 struct WarpProducts {
+  // Groups of columns that are on their way from memory while one is multiplied: as many as there are registers for.
+  static constexpr int kAhead = kSelf ? 4 / kRowGroups : 0, kBuffers = kAhead > 0 ? kAhead : 1;
   static constexpr int kTiles = kSelf ? kRowGroups / 2 * (kRowGroups / 2 + 1) : kRowGroups / 2 * kRowGroups;
 
   Side<In, kRowGroups> left, right;
@@ -201,15 +206,21 @@ struct WarpProducts {
     float tiles[kTiles][4] = {};
     left.start();
     right.start();
-#pragma unroll 1
+    const auto place = [begin](int group) {
+      return begin + group * kGroupColumns<In> + threadIdx.x % 4 * kWidth<In>;
+    };
+    Words buffers[kBuffers][kRowGroups], right_words[kRowGroups];
+#pragma unroll
+    for (int group = 0; group < kAhead; ++group) left.load(buffers[group], place(group), numel, aligned, whole);
+#pragma unroll kBuffers
     for (int group = 0; group < kGroups; ++group) {
-      const int64_t at = begin + group * kGroupColumns<In> + threadIdx.x % 4 * kWidth<In>;
-      Words left_words[kRowGroups], right_words[kRowGroups];
-      left.load(left_words, at, numel, aligned, whole);
-      if (!kSelf) right.load(right_words, at, numel, aligned, whole);
+      Words(&left_words)[kRowGroups] = buffers[group % kBuffers];
+      if (kAhead == 0) left.load(left_words, place(group), numel, aligned, whole);
+      if (!kSelf) right.load(right_words, place(group), numel, aligned, whole);
       Operands<In> a[kRowGroups], b[kRowGroups];
       left.convert(a, left_words);
       if (!kSelf) right.convert(b, right_words);
+      if (kAhead > 0 && group + kAhead < kGroups) left.load(left_words, place(group + kAhead), numel, aligned, whole);
 #pragma unroll
       for (int m = 0; m < kRowGroups / 2; ++m)
 #pragma unroll
@@ -241,6 +252,7 @@ struct WarpProducts {
           if (out_of_range(m, n, c))
             sums[4 * tile_index(m, n) + c][lane] +=
                 exact_product(table, segment, begin, left_row(m, c), right_row(n, c));
+    __syncwarp();
   }
 
   // In float64, entry by entry: slow, and rarely needed.
@@ -267,8 +279,16 @@ struct WarpProducts {
   }
 };
 
+// Writes the weighted sums of the columns that this warp has just read: a cache has them still.
+template <class In, class Table>
+__device__ void combine_columns(const Table& table, int segment, int64_t begin) {
+  static_assert(kWarpColumns<In> == 32 * kWidth<In>);
+  combine_entries<In, 32>(table, segment, begin, threadIdx.x % 32);
+  __syncwarp();  // mma wants all lanes together
+}
+
 // Block y is slot y of at most 8 * kRowGroups tasks; its warps take columns in turn.
-template <class In, int kRowGroups, class Table>
+template <class In, int kRowGroups, Beside kBeside, class Table>
 __global__ void __launch_bounds__(32 * kFragmentWarps, kFragmentBlocks<kRowGroups>)
     fragment_kernel(const __grid_constant__ Table table, double* partial) {
   WarpProducts<In, kRowGroups, true> products{};
@@ -279,7 +299,9 @@ __global__ void __launch_bounds__(32 * kFragmentWarps, kFragmentBlocks<kRowGroup
   Chunk chunk = first_chunk_of(table, blockIdx.y);
   for (bool entering = true; chunk.index < chunk.end; entering = advance(table, chunk)) {
     if (entering) products.enter(table, chunk.segment);
-    products.add(table, chunk.segment, (chunk.position * kFragmentWarps + warp) * kWarpColumns<In>, sums[warp]);
+    const int64_t begin = (chunk.position * kFragmentWarps + warp) * kWarpColumns<In>;
+    products.add(table, chunk.segment, begin, sums[warp]);
+    if constexpr (kBeside == Beside::combination) combine_columns<In>(table, chunk.segment, begin);
   }
   __syncthreads();
   products.for_each_pair(table.num_tasks, [&](int value, int i, int j) {

@@ -16,8 +16,9 @@ constexpr int kRegisterThreads = 128;
 constexpr int kChain = 16;
 
 // Blocks on a multiprocessor, which is to say registers: enough loads in flight, nothing in local memory.
-template <int T, bool kAlone>
-constexpr int kRegisterBlocks = T == 8 ? 3 : T == 6 ? 4 : T == 4 ? (kAlone ? 5 : 4) : (kAlone ? 12 : 6);
+constexpr int register_blocks(int num_tasks, bool alone) {
+  return num_tasks > 6 ? 3 : num_tasks > 4 ? 4 : num_tasks > 2 ? (alone ? 5 : 4) : (alone ? 12 : 6);
+}
 
 template <class In>
 constexpr int kVectors = kChain / kWidth<In>;  // of each row that a thread reads for a chunk
@@ -144,7 +145,7 @@ __device__ void add_entries(double (&sums)[kPairs<T>], const Sum<In> (&weights)[
 
 // Block y writes the sums of slot y over the pairs of at most T tasks.
 template <class In, int T, Beside kBeside, class Table>
-__global__ void __launch_bounds__(kRegisterThreads, kRegisterBlocks<T, kBeside == Beside::nothing>)
+__global__ void __launch_bounds__(kRegisterThreads, register_blocks(T, kBeside == Beside::nothing))
     register_kernel(const __grid_constant__ Table table, double* partial) {
   double sums[kPairs<T>] = {};
   Sum<In> weights[T] = {};

@@ -79,10 +79,10 @@ struct WideProducts {
 };
 
 // Block y is slot y of at most 8 * kRowGroups tasks; its warps take columns in turn.
-template <class In, int kRowGroups, bool kMetric, class Table>
+template <class In, int kRowGroups, Beside kBeside, class Table>
 __global__ void __launch_bounds__(32 * kFragmentWarps, kWideBlocks<kRowGroups>)
     wide_kernel(const __grid_constant__ Table table, double* partial) {
-  WideProducts<In, kRowGroups, kMetric> products{};
+  WideProducts<In, kRowGroups, kBeside == Beside::metric> products{};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Chunk chunk = first_chunk_of(table, blockIdx.y);
   for (bool entering = true; chunk.index < chunk.end; entering = advance(table, chunk)) {
@@ -93,6 +93,7 @@ __global__ void __launch_bounds__(32 * kFragmentWarps, kWideBlocks<kRowGroups>)
       products.add_vectors(begin, numel);
     else
       products.add_entries(begin, numel);
+    if constexpr (kBeside == Beside::combination) combine_columns<In>(table, chunk.segment, begin);
   }
 
   __shared__ double sums[kFragmentWarps][2 * products.kTiles][32];

@@ -19,33 +19,34 @@ FastKernel<Table> register_kernel_for(int num_tasks) {
   }
 }
 
-template <class In, bool kMetric, class Table>
+template <class In, Beside kBeside, class Table>
 FastKernel<Table> wide_kernel_for(int num_tasks) {
-  return num_tasks <= 16 ? wide_kernel<In, 2, kMetric, Table> : wide_kernel<In, 4, kMetric, Table>;
+  return num_tasks <= 16 ? wide_kernel<In, 2, kBeside, Table> : wide_kernel<In, 4, kBeside, Table>;
 }
 
-template <class In, class Table>
-FastKernel<Table> fast_kernel(Kernel kernel, Beside beside, int num_tasks) {
-  if (kernel == Kernel::registers)
-    switch (beside) {
-      case Beside::nothing: return register_kernel_for<In, Beside::nothing, Table>(num_tasks);
-      case Beside::metric: return register_kernel_for<In, Beside::metric, Table>(num_tasks);
-      case Beside::combination: return register_kernel_for<In, Beside::combination, Table>(num_tasks);
-    }
-  if (beside == Beside::metric) return wide_kernel_for<In, true, Table>(num_tasks);
-  if constexpr (std::is_same_v<In, double>) {
-    return wide_kernel_for<In, false, Table>(num_tasks);
-  } else {
-    if (num_tasks <= 16) return fragment_kernel<In, 2, Table>;
-    if (num_tasks <= kSideRows) return fragment_kernel<In, 4, Table>;
-    return pair_kernel<In, Table>;
-  }
+template <class In, Beside kBeside, class Table>
+FastKernel<Table> fragment_kernel_for(int num_tasks) {
+  return num_tasks <= 16 ? fragment_kernel<In, 2, kBeside, Table> : fragment_kernel<In, 4, kBeside, Table>;
+}
+
+template <class In, Beside kBeside, class Table>
+FastKernel<Table> fast_kernel(Kernel kernel, int num_tasks) {
+  if (kernel == Kernel::registers) return register_kernel_for<In, kBeside, Table>(num_tasks);
+  if constexpr (kBeside == Beside::metric || std::is_same_v<In, double>)
+    return wide_kernel_for<In, kBeside, Table>(num_tasks);
+  else
+    return num_tasks <= kSideRows ? fragment_kernel_for<In, kBeside, Table>(num_tasks) : pair_kernel<In, Table>;
 }
 
 template <class Table>
 FastKernel<Table> fast_kernel(const FastLaunch& launch, const Table& table) {
   return with_dtype(launch.dtype, [&](auto in) {
-    return fast_kernel<decltype(in), Table>(launch.kernel, launch.beside, table.num_tasks);
+    using In = decltype(in);
+    switch (launch.beside) {
+      case Beside::metric: return fast_kernel<In, Beside::metric, Table>(launch.kernel, table.num_tasks);
+      case Beside::combination: return fast_kernel<In, Beside::combination, Table>(launch.kernel, table.num_tasks);
+      default: return fast_kernel<In, Beside::nothing, Table>(launch.kernel, table.num_tasks);
+    }
   });
 }
 

@@ -57,21 +57,32 @@ struct Geometry {
   int blocks_per_slot;
   int threads;
   int64_t chunk;  // entries of each row that a block reads at a time
+  int most;       // blocks of all slots together, for each multiprocessor
 };
+
+// Some 16, in whole rounds of as many as a multiprocessor takes at a time: in a last round of few it would wait for them.
+constexpr int in_rounds(int at_a_time) { return 16 / at_a_time * at_a_time; }
 
 inline Geometry geometry(Kernel kernel, DType dtype, int64_t num_tasks) {
   return with_dtype(dtype, [&](auto in) -> Geometry {
     using In = decltype(in);
-    if (kernel == Kernel::registers) return {1, kRegisterThreads, kRegisterChunk<In>};
-    const int sides = num_sides(static_cast<int>(num_tasks)), pairs = sides * (sides + 1) / 2;
-    if (pairs == 1) return {1, 32 * kFragmentWarps, kFragmentWarps * kWarpColumns<In>};
+    const int tasks = static_cast<int>(num_tasks);
+    if (kernel == Kernel::registers)
+      return {1, kRegisterThreads, kRegisterChunk<In>, in_rounds(register_blocks(tasks, true))};
+    const int sides = num_sides(tasks), pairs = sides * (sides + 1) / 2;
+    if (pairs == 1) {
+      const int at_a_time = tasks <= 16 ? kFragmentBlocks<2> : kFragmentBlocks<4>;
+      return {1, 32 * kFragmentWarps, kFragmentWarps * kWarpColumns<In>, in_rounds(at_a_time)};
+    }
     const int blocks = (pairs + kPairWarps - 1) / kPairWarps;
-    return {blocks, 32 * ((pairs + blocks - 1) / blocks), kWarpColumns<In>};
+    return {blocks, 32 * ((pairs + blocks - 1) / blocks), kWarpColumns<In>, 8};  // 2 or 4 at a time
   });
 }
 
+constexpr int64_t kMultiprocessors = 132;  // of an H100 or H200
+
 // Ranges of entries that are summed apart: enough to fill any device a few times, but no more than the reading of
-// their entries is worth. 1056 = 8 x 132, the multiprocessors of an H200.
+// their entries is worth.
 inline int64_t num_slots(Kernel kernel, DType dtype, int64_t num_tasks, int64_t entries) {
   if (kernel == Kernel::general) {
     const int64_t tiles = num_tiles(static_cast<int>(num_tasks));
@@ -79,8 +90,8 @@ inline int64_t num_slots(Kernel kernel, DType dtype, int64_t num_tasks, int64_t 
   }
   const Geometry shape = geometry(kernel, dtype, num_tasks);
   const int64_t chunks = (entries + shape.chunk - 1) / shape.chunk;
-  if (kernel == Kernel::registers) return std::min<int64_t>(chunks, 2 * 1056);
-  const int64_t most = std::max(1056 / shape.blocks_per_slot, 8);
+  const int64_t most = std::max<int64_t>(shape.most * kMultiprocessors / shape.blocks_per_slot, 8);
+  if (kernel == Kernel::registers) return std::min(chunks, most);
   return std::clamp<int64_t>(entries / (8 * num_tasks), 1, std::min(chunks, most));
 }
 
