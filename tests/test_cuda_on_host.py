@@ -163,7 +163,7 @@ def test_slots_grow_with_the_work_up_to_a_bound(kernels, num_tasks):
 
 @pytest.mark.parametrize(("num_tasks", "at_a_time"), [(2, 12), (3, 5), (6, 4), (8, 3), (16, 5), (32, 3), (64, 4)])
 def test_large_problems_fill_an_h200_in_whole_rounds(kernels, num_tasks, at_a_time):
-    """As many blocks on each of its 132 multiprocessors as the registers that ``make cuda-check`` finds leave room for."""
+    """Each of its 132 multiprocessors takes as many blocks as the registers in ``make cuda-check`` leave room for."""
     (launch,), slots = plan(kernels, num_tasks, [10**9])
     blocks = slots * launch[3]
     assert blocks % (132 * at_a_time) == 0
