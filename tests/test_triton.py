@@ -210,6 +210,17 @@ class TestNumerics:
         order = torch.randperm(num_tasks, generator=torch.Generator().manual_seed(1))
         assert torch.equal(triton_gram_of([block[order]], num_tasks, stacked=True), gram[order][:, order])
 
+    def test_small_gradients_do_not_decide_how_large_ones_are_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        launcher, tuned = triton_gram.launcher, []
+        monkeypatch.setattr(
+            triton_gram, "launcher", lambda *args, tune: tuned.append(tune) or launcher(*args, tune=tune)
+        )
+        block = randn(9, 640)
+        for least in (0, 9 * 640 * 4, 9 * 640 * 8):
+            monkeypatch.setattr(triton_gram, "_MIN_TUNED", least)
+            assert error(triton_gram_of([block], 9, stacked=True), [block], stacked=True) < 3e-7
+        assert tuned == [True, False, True, False, False, False]  # the second each time is for what leaves float32
+
     def test_a_table_of_kernel_arguments(self) -> None:
         # Addresses take up to 57 bits: what a CUDA graph keeps of them must be exact.
         table = np.array([[2**57 - 1, 0, -1], [3, 2**53 + 1, 7]])
@@ -416,6 +427,7 @@ class TestOnGpu:
         block = randn(num_tasks, 100_003, dtype=dtype).cuda()
         gram = triton_gram.gram([block], num_tasks, [], True)
         kernel = triton_kernels.tile_kernel
+        monkeypatch.setattr(triton_gram, "_MIN_TUNED", 0)
         for config in kernel.configs:
             monkeypatch.setattr(kernel, "early_config_prune", lambda *_, config=config, **__: [config])
             monkeypatch.setattr(kernel, "cache", {})

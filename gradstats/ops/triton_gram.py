@@ -6,7 +6,8 @@ launches the kernels of :mod:`gradstats.ops.triton_kernels`, without waiting for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -36,6 +37,8 @@ _TILE_BYTES = 64
 _MIN_SLOTS, _MAX_SLOTS = 16, 2048
 _MAX_SUMS = 1 << 21  # of all slots: 16 MiB
 _MIN_CHUNKS = 4  # of a slot
+
+_MIN_TUNED = 64 << 20  # bytes of gradients: with fewer, what is fastest is chance, and would be kept for more
 
 
 class Kind(NamedTuple):
@@ -99,7 +102,8 @@ def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stac
     """Kernel of ``gradstats::gram``; the arguments are described at :func:`gradstats.ops.gram`.
 
     Gradients are read where they lie if all tasks share a parameter's strides and these are dense; others are copied.
-    The first call for a kind of gradients compiles and tunes the kernels, which a CUDA graph cannot capture.
+    The first call for a kind of gradients compiles the kernels, and the first large one tunes them, which a CUDA graph
+    cannot capture.
     """
     groups = _by_kind(_parameters(grads, num_tasks, metric, stacked))
     tiling = Tiling.of(num_tasks)
@@ -110,7 +114,8 @@ def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stac
     result = first.new_empty((num_tasks, num_tasks), dtype=torch.float64)
     with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]  # torch does not annotate it
         for kind, table, sums in zip(groups, tables, torch.split(partial, slots), strict=True):
-            _launch(kind, to_device(table, first.device), sums, tiling)
+            size = int(table[-1, -1]) * tiling.chunk(kind.dtype) * tiling.rows * kind.dtype.itemsize
+            _launch(kind, to_device(table, first.device), sums, tiling, tune=size >= _MIN_TUNED)
         reduce_slots(partial, result)
     return result
 
@@ -283,20 +288,26 @@ def reduce_slots(partial: Tensor, result: Tensor) -> None:
     triton_kernels.reduce_kernel[grid](partial, result, slots, len(result), num_rows, SLOTS=128, BLOCK=16, num_warps=4)
 
 
-def _launch(kind: Kind, table: Tensor, sums: Tensor, tiling: Tiling) -> None:
+def launcher(kernel: Any, grid: tuple[int, ...], num_warps: int, *, tune: bool) -> Callable[..., Any]:
+    """What launches an autotuned kernel: as is best, or, without tuning it, with that number of warps."""
+    return kernel[grid] if tune else functools.partial(kernel.fn[grid], num_warps=num_warps)
+
+
+def _launch(kind: Kind, table: Tensor, sums: Tensor, tiling: Tiling, *, tune: bool) -> None:
     """Let the kernel of the tiling fill the sums of all slots ``[slots, rows, rows]``."""
 
     def run(kernel: Any, programs: int, num_warps: int, **constants: Any) -> None:
         grid = (len(sums), programs)
         sizes = (len(table) - 1, tiling.rows)
         constants.update(kind.constants())
+        launch = launcher(kernel, grid, num_warps, tune=tune)
         if kind.wide:
-            kernel[grid](table, sums, None, *sizes, WIDE=True, **constants)
+            launch(table, sums, None, *sizes, WIDE=True, **constants)
             return
         fits = table.new_empty(grid, dtype=torch.int32)
-        kernel[grid](table, sums, fits, *sizes, WIDE=False, **constants)
+        launch(table, sums, fits, *sizes, WIDE=False, **constants)
         if kind.dtype != torch.float16:  # whose squares always fit
-            kernel.fn[grid](table, sums, fits, *sizes, WIDE=True, num_warps=num_warps, **constants)
+            launcher(kernel, grid, num_warps, tune=False)(table, sums, fits, *sizes, WIDE=True, **constants)
 
     if not tiling.tile:
         run(triton_kernels.register_kernel, 1, _LANES // 32, LANES=_LANES, VECTOR=VECTOR_BYTES // kind.dtype.itemsize)

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from gradstats import ops
 from gradstats.ops import triton_kernels
-from gradstats.ops.triton_gram import TRITON_DTYPES, VECTOR_BYTES, reduce_slots, to_device
+from gradstats.ops.triton_gram import TRITON_DTYPES, VECTOR_BYTES, launcher, reduce_slots, to_device
 
 _MAX_TASKS = 16
 _SIDE = 128  # of a tile: outputs of all tasks together, and inputs
 # Rows that tensor cores add up: few, as they cut bits off, and more the fewer bits products have.
 _ROWS = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 64}
 _MAX_SLOTS = 2048  # of tiles that are summed apart, a function of sizes alone
+_MIN_TUNED = 1 << 32  # multiply-adds: with fewer, what is fastest is chance, and would be kept for more
 
 
 def linear_gram(inputs: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
@@ -78,8 +79,10 @@ def _run(
     num_tiles = triton.cdiv(fan_out, tiles["OUTPUTS"]) * triton.cdiv(fan_in, tiles["INPUTS"])
     partial = inputs.new_empty((min(num_tiles, _MAX_SLOTS), tasks, tasks), dtype=torch.float64)
     result = inputs.new_empty((len(cotangents), len(cotangents)), dtype=torch.float64)
+    tune = len(cotangents) * num_rows * fan_in * fan_out >= _MIN_TUNED
+    launch = launcher(triton_kernels.linear_kernel, (len(partial),), num_warps=8, tune=tune)
     with torch.cuda.device_of(inputs):  # type: ignore[no-untyped-call]  # torch does not annotate it
-        triton_kernels.linear_kernel[(len(partial),)](
+        launch(
             to_device(addresses, inputs.device),
             inputs,
             weights,
