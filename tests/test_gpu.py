@@ -7,6 +7,8 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from test_ops import problems
 
 import gradstats
 from gradstats import ops
@@ -46,9 +48,16 @@ def problem(num_tasks: int, dtype: torch.dtype, *, stacked: bool, missing: bool,
     return grads, metric
 
 
-def assert_same(gram: torch.Tensor, expected: torch.Tensor) -> None:
+def in_place(tensor: torch.Tensor) -> torch.Tensor:
+    """The same on the GPU, which lies there as it does here."""
+    storage = tensor.untyped_storage().to(device="cuda")
+    empty = torch.empty(0, dtype=tensor.dtype, device="cuda")
+    return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def assert_same(gram: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
     norms = expected.diagonal().sqrt()
-    assert ((gram.cpu() - expected).abs() <= TOLERANCE * norms[:, None] * norms[None, :]).all()
+    assert ((gram.cpu() - expected).abs() <= tolerance * norms[:, None] * norms[None, :]).all()
     assert torch.equal(gram, gram.T)
 
 
@@ -66,6 +75,34 @@ def test_agrees_with_the_reference(num_tasks, dtype, form, weighed):
     gram = ops.gram([g.cuda() for g in grads], num_tasks, on_gpu, operands[2])
     assert gram.is_cuda
     assert_same(gram, expected)
+
+
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+@given(problem=problems())
+def test_lists_of_any_shape_and_layout(problem):
+    rows, metric = problem
+    grads = [g for row in rows for g in row]
+    gram = ops.gram([in_place(g) for g in grads], len(rows), [in_place(m) for m in metric])
+    expected = reference.gram(grads, len(rows), metric, False)
+    norms = torch.where(expected.diagonal() == 0, 1.0, expected.diagonal().sqrt())
+    assert ((gram.cpu() - expected).abs() <= 3e-7 * norms[:, None] * norms[None, :]).all()  # of few entries
+    weights = torch.linspace(-1, 1, len(rows), dtype=torch.float64)
+    fused = ops.gram_combine([in_place(g) for g in grads], len(rows), weights.cuda(), [])[1]
+    for actual, wanted in zip(fused, reference.combine(grads, len(rows), weights, False), strict=True):
+        assert actual.stride() == wanted.stride()
+        torch.testing.assert_close(actual.cpu(), wanted, rtol=torch.finfo(wanted.dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_opcheck(stacked):
+    grads = [torch.randn(3, 4, 5, device="cuda"), torch.randn(3, 7, device="cuda")]
+    if not stacked:
+        grads = [grads[0][t] for t in range(3)]
+    metric = [torch.rand(4, 5, device="cuda"), torch.rand(7, device="cuda")][: len(grads) if stacked else 1]
+    weights = torch.rand(3, dtype=torch.float64, device="cuda")
+    torch.library.opcheck(torch.ops.gradstats.gram.default, (grads, 3, metric, stacked))
+    torch.library.opcheck(torch.ops.gradstats.combine.default, (grads, 3, weights, stacked))
+    torch.library.opcheck(torch.ops.gradstats.gram_combine.default, (grads, 3, weights, metric, stacked))
 
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 8, 13, 32, 33])
@@ -118,7 +155,7 @@ def test_small_linear_layers(num_tasks, dtype):
     weights = torch.rand(num_tasks, generator=generator, dtype=torch.float64)
     gram, combined = ops.linear_gram_combine(inputs.cuda(), [c.cuda() for c in cotangents], weights.cuda())
     grads = cotangents.double().mT @ inputs.double()
-    assert_same(gram, reference.gram([grads], num_tasks, [], True))
+    assert_same(gram, reference.gram([grads], num_tasks, [], True), 1e-6)
     exact = torch.tensordot(weights, grads, 1)
     torch.testing.assert_close(combined.cpu().double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
 
