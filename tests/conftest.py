@@ -25,3 +25,5 @@ def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let collections of small models follow a plan of several segments, as those of large ones do."""
     monkeypatch.setattr("gradstats.collect.walk.SMALL_BYTES", 0)
     monkeypatch.setattr("gradstats.collect.plan.SMALL_BYTES", 0)
+    monkeypatch.setattr("gradstats.collect.plan._UNCUT", 0)
+    monkeypatch.setattr("gradstats.collect.walk._is_uncut", lambda stages: False)

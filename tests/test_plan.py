@@ -12,6 +12,7 @@ from oracle import Heads, assert_gram, check, plain_gram
 from torch import nn
 
 import gradstats
+from gradstats.collect import walk
 from gradstats.collect.driver import _make_job
 from gradstats.collect.plan import LeafFacts, Plan, SegmentFacts, make_plan
 from gradstats.collect.walk import route
@@ -99,6 +100,19 @@ def test_segments_are_joined_while_that_needs_no_more_memory() -> None:
     assert len(plan.steps) < 6
     assert plan.bytes <= max(make_plan([large]).bytes, MIB)
     assert [step.segments for step in make_plan([HEADS, large, large, large]).steps] == [1, 1, 1, 1]
+
+
+def test_one_step_that_needs_little_more_memory_spares_cuts() -> None:
+    upper, lower = (segment(LeafFacts("w", size, 4, 10**9), width=1000, batches_well=False) for size in (10**5, 10**6))
+    assert [step.segments for step in make_plan([HEADS, upper, lower]).steps] == [1, 1, 1]
+    plan = make_plan([HEADS, upper, lower], spare_cuts=True)
+    assert [step.segments for step in plan.steps] == [1, 2]
+    assert plan.bytes > make_plan([HEADS, upper, lower]).bytes
+    # Not where it needs a lot more, or more than is allowed, nor where a cut costs no more for many tasks than for one.
+    assert len(make_plan([HEADS, lower, lower], spare_cuts=True).steps) == 3
+    assert len(make_plan([HEADS, upper, lower], spare_cuts=True, max_bytes=plan.bytes - 1).steps) == 3
+    batched = [dataclasses.replace(facts, batches_well=True) for facts in (upper, lower)]
+    assert len(make_plan([HEADS, *batched], spare_cuts=True).steps) == 3
 
 
 facts = st.builds(
@@ -244,6 +258,23 @@ def test_layers_on_more_rows_than_their_fan_in(method: str) -> None:
     for name, p in model.trunk.named_parameters():
         assert (f"{name}*" in plan) == (p.ndim == 2)
     check(model, losses, method, list(model.trunk.parameters()))
+
+
+def test_what_a_plan_leaves_uncut_is_surveyed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walk, "_uncut", set())
+    trunk = nn.Sequential(nn.Conv2d(3, 20, 3), nn.Tanh(), nn.Conv2d(20, 600, 3), nn.Flatten(2), nn.Tanh())
+    model = Heads(nn.Sequential(trunk, nn.AdaptiveAvgPool1d(1), nn.Flatten()), 600, torch.randn(2, 3, 7, 7))
+    assert len(gradstats.explain(model(), trunk, weights=torch.ones(3)).steps) == 2
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        stats = gradstats.backward(model(), torch.ones(3), trunk)
+        found.append([stats.gram, *(p.grad for p in model.parameters())])
+        monkeypatch.setattr(walk, "Survey", None)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    assert_gram(found[1][0], plain_gram(model().values(), list(trunk.parameters())))
+    with pytest.raises(TypeError):  # the Gramian alone follows a leaner plan
+        gradstats.from_losses(model(), trunk)
 
 
 class Gated(nn.Linear):

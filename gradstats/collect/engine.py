@@ -37,5 +37,5 @@ def collect_with_engine(job: Job, *, retain_graph: bool) -> Fold:
     if all(grad is None for row in rows for grad in row):
         raise ValueError(f"inputs: no loss reaches any of the {len(job.inputs)} inputs")
     fold = job.new_fold()
-    fold.add_rows(range(len(job.inputs)), rows)
+    fold.add_columns(range(len(job.inputs)), list(zip(*rows, strict=True)))
     return fold

@@ -82,10 +82,10 @@ class Fold:
         before = self.standard_errors.get(group, torch.zeros_like(total))
         self.standard_errors[group] = torch.hypot(before, standard_error.to(total.device))
 
-    def add_rows(
-        self, members: Sequence[int], rows: Sequence[Sequence[Tensor | None]], weights: Tensor | None = None
+    def add_columns(
+        self, members: Sequence[int], columns: Sequence[Sequence[Tensor | None]], weights: Tensor | None = None
     ) -> dict[int, Tensor]:
-        """Fold in stored gradients of the inputs ``members``: for each task one per member, None for zeros.
+        """Fold in stored gradients of the inputs ``members``: for each one per task, None for zeros.
 
         DTensors count in all their shards, and are not reduced.
 
@@ -93,7 +93,6 @@ class Fold:
             With ``weights``, float64 ``[T]``, the weighted sums ``Σ_t w_t g_t`` of the members where they come from
             the same pass over the gradients: where these are dense, whole on every rank and not reduced.
         """
-        columns = list(zip(*rows, strict=True))
         combined: dict[int, Tensor] = {}
         if self.reduce is not None:
             # One block for each input, in their order and with zeros for None, so that ranks reduce the same blocks
@@ -102,20 +101,26 @@ class Fold:
                 like = self._inputs[k]
                 if not is_dtensor(like):
                     self.add_block(k, torch.stack([torch.zeros_like(like) if g is None else g for g in column]))
-        calls: dict[tuple[Any, ...], list[int]] = {}
-        for i, column in enumerate(columns):
-            models = [grad for grad in column if grad is not None]
+        calls: dict[tuple[Any, ...], list[tuple[int, list[Tensor]]]] = {}
+        for k, column in zip(members, columns, strict=True):
+            given = [grad for grad in column if grad is not None]
             # DTensors are not reduced above: what shards them (FSDP2) has averaged their gradients already.
-            if models and (self.reduce is None or is_dtensor(models[0])):
-                is_dense = all(grad.layout == torch.strided for grad in models)
-                calls.setdefault((self.groups[members[i]], is_dense, *_placement(models[0])), []).append(i)
-        for (_, is_dense, _, mesh, replicas), at in calls.items():
-            by_task = zip(*(_filled(columns[i]) for i in at), strict=True)
-            grads = [grad for row in by_task for grad in row]
-            metric = self._metric_of([members[i] for i in at])
+            if given and (self.reduce is None or is_dtensor(given[0])):
+                is_dense = all(grad.layout == torch.strided for grad in given)
+                device, mesh, replicas = _placement(given[0])
+                if mesh is not None or not is_dense:
+                    given = [_local(grad) for grad in given]
+                if len(given) < len(column):  # one with no entries stands for a gradient of zeros
+                    present, none = iter(given), given[0].new_empty(0)
+                    given = [none if grad is None else next(present) for grad in column]
+                calls.setdefault((self.groups[k], is_dense, device, mesh, replicas), []).append((k, given))
+        for (_, is_dense, _, mesh, replicas), found in calls.items():
+            at = [k for k, _ in found]
+            grads = [grads[task] for task in range(self.num_tasks) for _, grads in found]
+            metric = self._metric_of(at)
             if weights is not None and is_dense and mesh is None:
                 gram, sums = ops.gram_combine(grads, self.num_tasks, weights, metric)
-                combined.update(zip((members[i] for i in at), sums, strict=True))
+                combined.update(zip(at, sums, strict=True))
             else:
                 gram = ops.gram(grads, self.num_tasks, metric)
             if mesh is not None:
@@ -123,20 +128,11 @@ class Fold:
                 gram /= replicas
                 for dim in range(mesh.ndim):
                     torch.distributed.all_reduce(gram, group=mesh.get_group(dim))
-            self.add_gram(members[at[0]], gram)
+            self.add_gram(at[0], gram)
         return combined
 
     def _metric_of(self, members: Sequence[int]) -> list[Tensor]:
         return [_local(self.metric[k]) for k in members] if self.metric else []
-
-
-def _filled(column: Sequence[Tensor | None]) -> list[Tensor]:
-    """The gradients of one input as operators take them: one with no entries stands for a gradient of zeros."""
-    given = {task: _local(grad) for task, grad in enumerate(column) if grad is not None}
-    if len(given) == len(column):
-        return list(given.values())
-    none = next(iter(given.values())).new_empty(0)
-    return [given.get(task, none) for task in range(len(column))]
 
 
 def is_dtensor(value: object) -> bool:

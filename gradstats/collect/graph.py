@@ -137,7 +137,7 @@ class Graph:
 
     def tasks_reaching(self, tensor: Tensor) -> int:
         """Bits of the tasks whose loss reaches ``tensor``."""
-        return self.reached_by.get(edge_of(tensor)[0], 0)
+        return self.reached_by.get(self.edge_of(tensor)[0], 0)
 
     def is_shared(self, node: Node) -> bool:
         """Whether at least two losses reach ``node``."""
@@ -155,8 +155,13 @@ class Graph:
         Of a leaf that is used in lower precision alone, as under autocast, that is above the cast: there its gradient
         has the same value in less memory, and layers are the same as without a cast.
         """
-        node, slot = edge_of(tensor)
-        return self._casts.get(node, node), slot
+        known = self._node_of.get(tensor)  # torch builds a graph to find that of a leaf
+        return (known, 0) if known is not None else edge_of(tensor)
+
+    @cached_property
+    def _node_of(self) -> dict[Tensor, Node]:
+        """The node of each of ``leaves``."""
+        return {leaf: node for node, leaf in self.leaves.items()}
 
     @cached_property
     def _casts(self) -> dict[Node, Node]:

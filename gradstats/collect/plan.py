@@ -11,6 +11,7 @@ by part in cache (:func:`gradstats.ops.linear_gram`), in an orthonormal basis of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,8 @@ _QR_COST = 8
 #: What one operation of ``ops.linear_gram`` costs in those of the formed way in float32, as measured, and the multiples
 #: of outputs and inputs in which it works.
 _IN_CACHE_COST, _OUTPUTS, _INPUTS = 0.5, 8, 32
+#: So many times the memory may be taken in place of cutting, where time counts more.
+_UNCUT = 4 / 3
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,7 @@ def make_plan(
     batched: bool | None = None,
     may_factor: bool = True,
     max_bytes: int | None = None,
+    spare_cuts: bool = False,
 ) -> Plan:
     """The fastest plan, as far as sizes tell, among the leanest ones or those within ``max_bytes``.
 
@@ -180,13 +184,16 @@ def make_plan(
         batched: Pass all of them batched, or none; None chooses for each.
         may_factor: Whether gradients may stay factored.
         max_bytes: Bound on the predicted peak.
+        spare_cuts: Whether to pass all below the heads in one step, task by task, where a third more memory suffices: a
+            cut takes about 0.1 ms a task on the host, and spares little where the last layers hold most parameters.
 
     Raises:
         ValueError: If no plan stays within ``max_bytes``.
     """
     free = _greedy(segments, batched, may_factor, None)
     if max_bytes is None or free.bytes <= max_bytes:
-        return free
+        uncut = _uncut(free) if spare_cuts else free
+        return uncut if uncut.bytes <= min(_UNCUT * free.bytes, max_bytes or math.inf) else free
     tight = _greedy(segments, batched, may_factor, max_bytes)
     if tight.bytes > max_bytes:
         least = min(free.bytes, tight.bytes)
@@ -213,6 +220,17 @@ def _greedy(segments: Sequence[SegmentFacts], batched: bool | None, may_factor: 
         else:
             steps.append(step)
     return Plan(tuple(steps))
+
+
+def _uncut(plan: Plan) -> Plan:
+    """The plan with all that is below the heads as one step, where its steps are passed task by task."""
+    heads, *rest = plan.steps
+    if len(rest) < 2 or any(step.batched or step.factored for step in rest):
+        return plan
+    whole: Step | None = rest[0]
+    for step in rest[1:]:
+        whole = whole and _joint_step(whole, step)
+    return plan if whole is None else Plan((heads, whole))
 
 
 def _lean_step(facts: SegmentFacts, batched: bool | None, may_factor: bool, max_bytes: int | None) -> Step:

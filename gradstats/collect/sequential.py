@@ -22,5 +22,5 @@ def collect_sequentially(job: Job, *, store_dtype: torch.dtype | None = None, re
         )
         rows.append([None if grad is None else grad.to(store_dtype or grad.dtype) for grad in grads])
     fold = job.new_fold()
-    fold.add_rows(range(len(job.inputs)), rows)
+    fold.add_columns(range(len(job.inputs)), list(zip(*rows, strict=True)))
     return fold

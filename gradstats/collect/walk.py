@@ -14,7 +14,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -30,6 +30,10 @@ from gradstats.collect.segments import Segment, join, whole
 from gradstats.collect.survey import Linear, Survey
 
 _log = logging.getLogger(__name__)
+
+#: Sizes of jobs (:func:`_sizes`) whose plans have left them uncut, so that those of later steps need no survey. A job
+#: of the same sizes for which another plan were better is passed right as well.
+_uncut: set[tuple[int, ...]] = set()
 
 #: About what a step frees, in bytes, whose gradients are too small to be looked at.
 _SMALL_STEP = 8 * SMALL_BYTES
@@ -49,8 +53,14 @@ def route(job: Job, *, batched: bool | None, max_bytes: int | None = None) -> tu
     Raises:
         ValueError: If no plan stays within ``max_bytes``.
     """
-    make = functools.partial(make_plan, batched=batched, may_factor=not job.needs_gradients, max_bytes=max_bytes)
-    may_cut = batched is not None or max_bytes is not None or not _is_small(job)
+    make = functools.partial(
+        make_plan,
+        batched=batched,
+        may_factor=not job.needs_gradients,
+        max_bytes=max_bytes,
+        spare_cuts=job.weights is not None,  # one backward takes the place of another
+    )
+    may_cut = batched is not None or max_bytes is not None or not _is_small(*_sizes(job))
     look = functools.partial(Survey, job.graph, job.targets, job.inputs, job.names)
     here = look(may_cut=may_cut)
     if any(_changes(edge, edge) for edge in _taken_above_leaves(here.segments)):
@@ -64,10 +74,18 @@ def route(job: Job, *, batched: bool | None, max_bytes: int | None = None) -> tu
     return here, plan
 
 
-def _is_small(job: Job) -> bool:
+def _sizes(job: Job) -> tuple[int, ...]:
+    """The number of tasks, bytes of the gradients of one, and what else tells one job of a program from another."""
+    graph = job.graph
+    leaves = (graph.leaves[node] for node in job.targets if node in graph.leaves)
+    num_bytes = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    counts = len(graph.children), len(job.inputs), len(job.targets)
+    return len(job.losses), num_bytes, *counts, job.weights is not None, job.needs_gradients
+
+
+def _is_small(tasks: int, num_bytes: int, *_: int) -> bool:
     """Whether the gradients of all tasks take so little together that looking for segments costs more."""
-    leaves = (job.graph.leaves[node] for node in job.targets if node in job.graph.leaves)
-    return len(job.losses) * sum(leaf.numel() * leaf.element_size() for leaf in leaves) <= SMALL_BYTES
+    return tasks * num_bytes <= SMALL_BYTES
 
 
 @torch.no_grad()
@@ -86,18 +104,25 @@ def collect_walking(
         The Gramian; with ``job.weights`` the weighted gradient of every leaf that has one (else None); the method:
         "batched" if all segments below the heads were passed so, else "blockwise".
     """
-    if batched is None and max_bytes is None and _is_small(job):
+    sizes = _sizes(job) if batched is None and max_bytes is None else None
+    linear: Mapping[Node, Linear] = {}
+    if sizes and (sizes in _uncut or _is_small(*sizes)):
         _keep_freed(_SMALL_STEP)
-        walk = _Walk(job, [_single_stage(job)])
+        stages = [_single_stage(job)]
     else:
         survey, plan = route(job, batched=batched, max_bytes=max_bytes)
         _keep_freed(plan.bytes)
-        walk = _Walk(job, _make_stages(job, survey, plan), survey.linear, must_batch=batched is True)
+        stages, linear = _make_stages(job, survey, plan), survey.linear
+        if sizes and _is_uncut(stages):
+            _uncut.add(sizes)
+            stages = [_single_stage(job)]
+    walk = _Walk(job, stages, linear, must_batch=batched is True)
     walk.run(retain_graph)
     weighted = None if job.weights is None else walk.weighted_leaves()
     return walk.fold, weighted, "batched" if walk.all_batched else "blockwise"
 
 
+@functools.cache
 def _keep_freed(num_bytes: int) -> None:
     """Let the C library keep about so much freed memory, which every step frees and the next one takes again.
 
@@ -160,13 +185,15 @@ class _Target:
         edge: The edge.
         tasks: Bits of the tasks that may have a gradient there.
         leaf: The leaf that it is a gradient of, if it is.
-        rows: What has been found, unless it is a leaf's.
+        rows: What has been found, where it waits for that of other tasks; None where it is settled at once.
+        is_sum: Whether one weighted row stands for all tasks.
     """
 
     edge: Edge
     tasks: int
     leaf: Node | None
-    rows: Rows
+    rows: Rows | None
+    is_sum: bool = False
 
 
 @dataclass
@@ -197,6 +224,11 @@ class _Stage:
     def entering(self) -> list[Rows]:
         """The rows that enter the segment, those that wait and then those at losses."""
         return [*self.waiting.values(), *self.losses.values()]
+
+
+def _is_uncut(stages: Sequence[_Stage]) -> bool:
+    """Whether nothing sets these apart from :func:`_single_stage` but a cut right below the heads."""
+    return len(stages) <= 2 and not any(stage.batched or stage.factored or stage.sums for stage in stages)
 
 
 def _single_stage(job: Job) -> _Stage:
@@ -250,13 +282,13 @@ class _Walk:
         self._must_batch = must_batch
         self._linear = linear or {}
         self._inputs = {edge: k for k, edge in enumerate(job.edges)}
-        self._leaf_rows: dict[Node, Rows] = {}
+        self._leaf_rows: dict[Node, list[Tensor | None]] = {}
         self._stages = stages
         self._stage_of = {node: stage for stage in stages for node in stage.segment.nodes}
 
     def run(self, retain_graph: bool) -> None:
         for task, (edge, loss) in enumerate(zip(self._graph.roots, self._job.losses, strict=True)):
-            rows: Rows = [None] * len(self._job.losses)
+            rows = self._no_rows()
             rows[task] = torch.ones_like(loss)
             self._start(edge, rows, task)
         for stage in self._stages:
@@ -264,14 +296,13 @@ class _Walk:
                 self._pass(stage, retain_graph)
         self._fold_leaves(self._leaf_rows)  # those that no segment uses: they are losses
 
-    def _start(self, edge: Edge, rows: Rows, task: int) -> None:
+    def _start(self, edge: Edge, rows: list[Tensor | None], task: int) -> None:
         """Let the backward of a loss start; it may reach nothing that is asked for."""
         stage = self._stage_of.get(edge[0])
         if stage is not None:
-            rows = self._for_stage(stage, rows)
-            stage.losses[edge] = _added(stage.losses.get(edge), rows)
+            stage.losses[edge] = _added(stage.losses.get(edge), self._for_stage(stage, rows))
         elif edge[0] in self._job.targets:
-            self._take(_Target(edge, 1 << task, edge[0], rows), task, rows[task])
+            self._take(_Target(edge, 1 << task, edge[0], self._rows_of(edge[0])), task, rows[task])
 
     def weighted_leaves(self) -> dict[Tensor, Tensor]:
         """The weighted gradient of each leaf."""
@@ -296,27 +327,38 @@ class _Walk:
             keep = retain_graph or not is_last
             if not (stage.batched and self._try_batched(stage, targets, keep)):
                 self._pull_by_task(stage, targets, keep)
-                self.all_batched = self.all_batched and not self._graph.is_shared(stage.segment.nodes[-1])
+                self.all_batched = self.all_batched and not any(map(self._graph.is_shared, stage.segment.nodes))
             # A leaf whose own edge is asked for is used by no lower segment.
             self._fold_leaves([target.leaf for target in targets if target.leaf is target.edge[0]])
             if is_last:
-                self._settle_rest(stage, {target.edge: target.rows for target in targets})
+                self._settle_rest(stage, {target.edge: target.rows for target in targets if target.rows is not None})
                 stage.waiting.clear()
 
     def _targets(self, stage: _Stage, leaves: Iterable[Node], *, with_rest: bool) -> list[_Target]:
         """What to ask of a pass: the gradients of ``leaves``, and with the last pass of a segment the rest."""
-        num_rows = 1 if stage.sums else len(self._job.losses)
         reached_by = self._graph.reached_by
-        wanted: dict[Edge, tuple[int, Node | None]] = {
-            edge: (reached_by[leaf], leaf) for leaf in leaves for edge in stage.segment.leaves[leaf]
-        }
+
+        def target(edge: Edge, tasks: int, leaf: Node | None = None) -> _Target:
+            if stage.sums:
+                return _Target(edge, 1, leaf, None if leaf else [None], is_sum=True)
+            rows = self._no_rows() if leaf is None else self._rows_of(leaf) if edge[0] is leaf else None
+            return _Target(edge, tasks, leaf, rows)
+
+        found = [target(edge, reached_by[leaf], leaf) for leaf in leaves for edge in stage.segment.leaves[leaf]]
         if with_rest:
             outputs = [self._linear[leaf].output for leaf in stage.factored]
-            wanted.update((edge, (reached_by[edge[0]], None)) for edge in (*outputs, *stage.activations))
-            wanted.update((edge, (tasks, None)) for edge, tasks in stage.segment.outs.items())
-        return [
-            _Target(edge, 1 if stage.sums else tasks, leaf, [None] * num_rows) for edge, (tasks, leaf) in wanted.items()
-        ]
+            rest = {edge: reached_by[edge[0]] for edge in (*outputs, *stage.activations)} | dict(stage.segment.outs)
+            found += [target(edge, tasks) for edge, tasks in rest.items()]
+        return found
+
+    def _no_rows(self) -> list[Tensor | None]:
+        return [None] * len(self._job.losses)
+
+    def _rows_of(self, leaf: Node) -> list[Tensor | None] | None:
+        """Where gradients of ``leaf`` wait to be folded in with those of other tasks; None if they need not."""
+        if (leaf, 0) not in self._inputs or not self._graph.is_shared(leaf):
+            return None
+        return self._leaf_rows.setdefault(leaf, self._no_rows())
 
     def _pull_by_task(self, stage: _Stage, targets: Sequence[_Target], keep: bool) -> None:
         tasks = sorted({task for rows in stage.entering for task in _present(rows)})
@@ -378,28 +420,23 @@ class _Walk:
     # ---- what a pass has found -------------------------------------------------------------------------------------
 
     def _take(self, target: _Target, task: int, grad: Tensor | None) -> None:
-        leaf = target.leaf
+        leaf, rows = target.leaf, target.rows
         if grad is None:
             return
-        if leaf is None:
-            assert isinstance(target.rows, list)
-            target.rows[task] = grad
-            return
-        if target.edge[0] is not leaf:  # below it there is only the leaf
-            (found,) = pull([target.edge], [grad], [(leaf, 0)], retain_graph=True)
-            if found is None:
-                return
-            grad = found
-        k = self._inputs.get((leaf, 0))
-        if k is not None and self._graph.is_shared(leaf):
-            rows = self._leaf_rows.setdefault(leaf, [None] * len(self._job.losses))
+        if rows is not None:
             assert isinstance(rows, list)
             rows[task] = _sum(rows[task], grad)
             return
+        assert leaf is not None
+        own = (leaf, 0)
+        if target.edge != own:  # below it there is only the leaf
+            (grad,) = pull([target.edge], [grad], [own], retain_graph=True)
+            self._take(replace(target, edge=own, rows=self._rows_of(leaf)), task, grad)
+            return
         if self._job.weights is not None:
-            self._add_weighted(leaf, grad, None if len(target.rows) < len(self._job.losses) else task)
-        if k is not None:
-            self.fold.add_row(k, task, grad)
+            self._add_weighted(leaf, grad, None if target.is_sum else task)
+        if own in self._inputs:
+            self.fold.add_row(self._inputs[own], task, grad)
 
     def _fold_leaves(self, leaves: Iterable[Node | None]) -> None:
         """Fold in what has been found of ``leaves``, and with weights add it up."""
@@ -407,8 +444,7 @@ class _Walk:
         if not found:
             return
         members, weights = [self._inputs[leaf, 0] for leaf in found], self._job.weights
-        by_task = [[rows[task] for rows in found.values()] for task in range(len(self._job.losses))]
-        combined = self.fold.add_rows(members, by_task, weights)
+        combined = self.fold.add_columns(members, list(found.values()), weights)
         if weights is None:
             return
         for k, (leaf, rows) in zip(members, found.items(), strict=True):
@@ -424,7 +460,7 @@ class _Walk:
             self._fold_factored(leaf, found[self._linear[leaf].output])
         for edge in stage.activations:
             rows = _added(stage.waiting.get(edge), found[edge])
-            self.fold.add_rows([self._inputs[edge]], [[row] for row in rows])
+            self.fold.add_columns([self._inputs[edge]], [[*rows]])
         for edge in stage.segment.outs:
             self._hand_on(edge, found[edge])
 
