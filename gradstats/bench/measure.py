@@ -46,7 +46,7 @@ _AHEAD = 4096  # bytes; 2 to 8 KiB read faster than 1 or 16 KiB where this was w
 _MULTIPLY_ADDS = {"cpu": 200_000_000, "cuda": 100_000_000_000}  # for each thread, or the whole GPU: milliseconds
 _LARGE = 8192  # side of matrices that keep the tensor cores busy
 _FLUSHED = 4  # times the size of the last cache
-_LEAST_ROUNDS, _MOST_ROUNDS, _HOST_CALLS = 5, 100, 25
+_LEAST_ROUNDS, _MOST_ROUNDS, _HOST_CALLS, _HOST_SECONDS = 5, 100, 25, 1.0
 _MOST_KEPT = 1 << 30  # bytes that a graph may keep for as long as it is there
 
 
@@ -265,8 +265,8 @@ def _seconds(call: Call, device: torch.device) -> float:
 
 def _host_microseconds(call: Call, device: torch.device) -> float:
     call()
-    times = []
-    for _ in range(_HOST_CALLS):
+    times: list[float] = []
+    while len(times) < _LEAST_ROUNDS or (len(times) < _HOST_CALLS and sum(times) < _HOST_SECONDS):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
