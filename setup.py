@@ -37,11 +37,11 @@ def wants_cuda() -> bool:
 
 
 def default_architectures() -> str:
-    """Ampere to Blackwell, as far as the toolkit that goes with this torch knows them."""
+    """Ampere to Blackwell, as far as the toolkit that goes with this torch knows them; the PTX serves all others."""
     import torch
 
     major, minor = (int(part) for part in torch.version.cuda.split(".")[:2])
-    return "8.0;9.0a;10.0;12.0+PTX" if (major, minor) >= (12, 8) else "8.0;9.0a;9.0+PTX"
+    return "8.0+PTX;9.0a;10.0;12.0" if (major, minor) >= (12, 8) else "8.0+PTX;9.0a"
 
 
 def extensions() -> list:
