@@ -120,7 +120,7 @@ class Scalarizer(nn.Module):
         self._inputs = (inputs,)  # in a tuple, so that a module given as inputs does not become a submodule
         self.grad_scaler = grad_scaler
         self._progress = _Progress()
-        self._cast = (self.weighting.weights, self.weighting.weights)  # settled weights, and as losses need them
+        self._cast = (self.weighting.weights, self.weighting.weights)  # the same, and as losses need them
 
     @property
     def weights(self) -> Tensor:
@@ -155,7 +155,9 @@ class Scalarizer(nn.Module):
             ValueError: If a task is unknown, the number of losses is wrong, none is given or one is not a scalar.
             TypeError: If a loss is not a tensor.
         """
-        return self._sum(*self._read(losses), owner)
+        listed, means = self._read(losses)
+        total = self._sum_of_skipped(means)
+        return self._sum(listed, means, owner) if total is None else total
 
     def backward(
         self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor, *, owner: Tensor | None = None
@@ -172,13 +174,15 @@ class Scalarizer(nn.Module):
             The weighted sum, detached. With a ``grad_scaler`` the gradients are those of the scaled sum.
         """
         listed, means = self._read(losses)
-        if not (self.training and self.wants_stats() and self._inputs_show(listed)) or _distributed():
+        total = self._sum_of_skipped(means)
+        if total is None:
+            if self.training and self.wants_stats() and self._inputs_show(listed) and not _distributed():
+                weights = self.weights
+                self._count(means, listed, self._collect(listed, weights, owner=owner))
+                return _weighted_sum(means, weights).detach()
             total = self._sum(listed, means, owner)
-            torch.autograd.backward(total if self.grad_scaler is None else self.grad_scaler.scale(total))
-            return total.detach()
-        weights = self.weights
-        self._count(means, listed, self._collect(listed, weights, owner=owner))
-        return _weighted_sum(means, weights).detach()
+        torch.autograd.backward(total if self.grad_scaler is None else self.grad_scaler.scale(total))
+        return total.detach()
 
     def after_step(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> None:
         """Tell a weighting whose ``needs`` has ``"after_step"`` (FAMO) what the optimizer step has achieved.
@@ -236,22 +240,30 @@ class Scalarizer(nn.Module):
 
     def _sum(self, listed: list[Tensor | None], means: Tensor, owner: Tensor | None) -> Tensor:
         """The weighted sum, and the step that it is part of."""
-        weighting = self.weighting
         if not (self.training and torch.is_grad_enabled()):
-            return _weighted_sum(means, weighting.weights)
-        if self.accumulate == 1 and weighting.settled and not self._monitor_is_due():
-            # Most steps of most trainings: on small networks all that is spared here shows.
-            self._progress.step += 1
-            return torch.dot(means, self._as_needed(weighting.weights, means))
+            return _weighted_sum(means, self.weights)
         stats = self._collect(listed, owner=owner) if self.wants_stats() else None
         return _weighted_sum(means, self._count(means, listed, stats))
 
-    def _as_needed(self, settled: Tensor, losses: Tensor) -> Tensor:
-        """Settled weights in the dtype and on the device of ``losses``, cast once."""
-        weights, cast = self._cast
-        if weights is not settled or cast.dtype != losses.dtype or cast.device != losses.device:
-            cast = settled.to(losses)
-            self._cast = (settled, cast)
+    def _sum_of_skipped(self, means: Tensor) -> Tensor | None:
+        """The weighted sum at a step that only counts; None at others.
+
+        Most steps of most trainings are such: on small networks all that is spared here shows.
+        """
+        if not self.training or self.accumulate > 1 or self._monitor_is_due() or not torch.is_grad_enabled():
+            return None
+        weighting = self.weighting
+        if not weighting.skip():
+            return None
+        self._progress.step += 1
+        return torch.dot(means, self._as_needed(weighting.weights, means))
+
+    def _as_needed(self, weights: Tensor, losses: Tensor) -> Tensor:
+        """The weights in the dtype and on the device of ``losses``; those of many steps are cast once."""
+        known, cast = self._cast
+        if known is not weights or cast.dtype != losses.dtype or cast.device != losses.device:
+            cast = weights.to(losses)
+            self._cast = (weights, cast)
         return cast
 
     def _means(self, listed: list[Tensor | None]) -> list[Tensor | None]:

@@ -173,7 +173,6 @@ def test_autoscale_records_in_phase_1_alone_and_weighs_exactly(collections: list
         manual = sum(float(w) * loss for w, loss in zip(weights, losses.values(), strict=True))
         expected = torch.autograd.grad(manual, list(model.parameters()), retain_graph=True)
         due = scalarizer.wants_stats()
-        assert scalarizer.weighting.settled == (step >= 30)
         grams.append(oracle(losses, model.encoder) if due else None)
         loss = scalarizer(losses)
         loss.backward()
@@ -195,7 +194,7 @@ def test_autoscale_records_in_phase_1_alone_and_weighs_exactly(collections: list
     assert scalarizer.weights[0] > 10 * scalarizer.weights[2]
 
 
-def test_settled_weighting_is_not_called_but_its_weights_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_skipped_step_does_not_call_the_weighting_but_its_weights_count(monkeypatch: pytest.MonkeyPatch) -> None:
     scalarizer = gradstats.Scalarizer("fixed", tasks=TASKS, weights=[0.5, 2.0, 3.0])
     monkeypatch.setattr(scalarizer.weighting, "forward", None)
     others = torch.tensor([1.0, 0.0, 4.0], dtype=torch.float64)
@@ -207,6 +206,22 @@ def test_settled_weighting_is_not_called_but_its_weights_count(monkeypatch: pyte
         assert total.dtype == dtype
         assert losses.grad.tolist() == weights.tolist()
         assert total.item() == torch.dot(losses.detach().double(), weights)
+
+
+def test_autoscale_is_called_for_what_it_records_and_where_windows_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    scalarizer = gradstats.Scalarizer(
+        "autoscale", tasks=TASKS, total_steps=60, explore=0.5, windows=3, samples_per_window=1, schedule="random"
+    )
+    forward, called, due = scalarizer.weighting.forward, [], []
+    monkeypatch.setattr(scalarizer.weighting, "forward", lambda *args: called.append(step) or forward(*args))
+    model, _ = build()
+    for step in range(60):
+        if scalarizer.wants_stats():
+            due.append(step)
+        scalarizer(losses_of(model(batch(step)[0]), batch(step)[1])).backward()
+    assert len(due) == 3
+    assert called == sorted({*due, 9, 19, 29})
+    assert scalarizer.weighting.step == 30  # the others of phase 1 are counted
 
 
 def test_plain_loop_example() -> None:

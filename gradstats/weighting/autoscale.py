@@ -240,11 +240,6 @@ class AutoScale(Weighting):
         return self.step < self.explore_steps
 
     @property
-    def settled(self) -> bool:
-        """In phase 2."""
-        return self.step >= self.explore_steps
-
-    @property
     def needs(self) -> frozenset[str]:
         """What is left to record, and what the explorer needs: nothing any more in phase 2."""
         if not self.exploring:
@@ -272,6 +267,16 @@ class AutoScale(Weighting):
             return self._num_samples < steps * samples // length
         chosen = np.random.default_rng((self.seed, index)).permutation(length)[:samples]
         return self._num_samples < int((chosen < steps).sum())
+
+    def skip(self) -> bool:
+        """Count a step of phase 1 that is not recorded and ends no window; those of phase 2 are not counted."""
+        if not self.exploring:
+            return True
+        _, start, length = self._window()
+        if self.explorer is not None or self.step + 1 == start + length or self._sample_is_due():
+            return False
+        self.step += 1
+        return True
 
     def forward(self, losses: Tensor, stats: GradStats | None = None) -> Tensor:
         """Record the step if it is due and return the weights in force; the last step of a window prepares the next."""

@@ -78,9 +78,11 @@ class Weighting(nn.Module, ABC):
         """What the steps still to come will use: any of ``"losses"``, ``"gramian"`` and ``"after_step"``."""
         return frozenset()
 
-    @property
-    def settled(self) -> bool:
-        """Whether ``weights`` stay as they are whatever the steps bring; :meth:`forward` need not be called then."""
+    def skip(self) -> bool:
+        """Take the next step in place of :meth:`forward` if its losses do not matter; whether they do not.
+
+        ``weights`` are then those of this step.
+        """
         return False
 
     def wants_stats(self) -> bool:

@@ -39,9 +39,8 @@ class Fixed(Weighting):
             raise ValueError(f"weights: expected {num_tasks} finite, non-negative numbers, got {values}")
         self.weights = torch.tensor(values, dtype=torch.float64, device="cpu")
 
-    @property
-    def settled(self) -> bool:
-        """From the start."""
+    def skip(self) -> bool:
+        """Every step."""
         return True
 
     def forward(self, losses: Tensor, stats: GradStats | None = None) -> Tensor:
