@@ -137,6 +137,8 @@ static Words load_or_zeros(const void* from) {
   return v;
 }
 
+static void prefetch(const void* at) { (void)*static_cast<const volatile char*>(at); }
+
 static float to_float(Float16 x) { return static_cast<float>(to_double(x)); }
 
 static uint16_t to_bfloat16(float x) {

@@ -24,6 +24,7 @@ namespace gradstats::cuda {
 constexpr int kGroups = 8;     // of columns that a warp takes for a chunk; of each, a lane has a vector of its rows
 constexpr int kSideRows = 32;  // tasks on each side of the pairs that a warp takes, where there are more than that
 constexpr int kFragmentWarps = 4, kPairWarps = 6;
+constexpr int kInAdvance = 4;  // groups by which pairs of sides ask for their columns, having no registers for them yet
 
 // Blocks on a multiprocessor, which is to say registers: enough loads in flight, nothing in local memory.
 template <int kRowGroups>
@@ -153,6 +154,13 @@ struct Side {
     __syncwarp();  // mma wants all lanes together
   }
 
+  // Asks for what the lane will read at entry `at`.
+  __device__ void prefetch(int64_t at, int64_t numel) const {
+#pragma unroll
+    for (int g = 0; g < kRowGroups; ++g)
+      if (rows[g] != nullptr && at < numel) ptx::prefetch(rows[g] + at);
+  }
+
   __device__ void convert(Operands<In> (&operands)[kRowGroups], const Words (&words)[kRowGroups]) {
 #pragma unroll
     for (int g = 0; g < kRowGroups; ++g) {
@@ -217,6 +225,8 @@ struct WarpProducts {
       Words(&left_words)[kRowGroups] = buffers[group % kBuffers];
       if (kAhead == 0) left.load(left_words, place(group), numel, aligned, whole);
       if (!kSelf) right.load(right_words, place(group), numel, aligned, whole);
+      // Of the pairs that a side is in, the one with itself asks for its rows.
+      if (!kSelf && left.first_task == right.first_task) left.prefetch(place(group + kInAdvance), numel);
       Operands<In> a[kRowGroups], b[kRowGroups];
       left.convert(a, left_words);
       if (!kSelf) right.convert(b, right_words);
