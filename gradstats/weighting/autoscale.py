@@ -338,8 +338,9 @@ class AutoScale(Weighting):
         if self.cost == "condition":
             log_weights, converged = conditioning_log_weights(decisive, log_weights)
         weights = _normalized(log_weights)
-        before, _ = _metrics(self.cost, decisive, losses, torch.ones_like(weights))
-        after, condition = _metrics(self.cost, decisive, losses, weights)
+        before = _metric(self.cost, decisive, losses, torch.ones_like(weights))
+        after = _metric(self.cost, decisive, losses, weights)
+        condition = after if self.cost == "condition" else _metric("condition", decisive, losses, weights)
         self._reports[self._num_found] = _numbers((self.step, len(losses), before, after, condition, converged))
         self._window_weights[self._num_found] = weights
         self._num_found += 1
@@ -401,21 +402,24 @@ def _numbers(values: Iterable[float | Tensor]) -> Tensor:
     return torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
 
 
-def _metrics(cost: Cost, grams: Tensor, losses: Tensor, weights: Tensor) -> tuple[float, float]:
-    """The metric that a cost improves and the condition number, as :class:`WindowReport` has them."""
-    names = tuple(str(i) for i in range(len(weights)))
-    known = [GradStats(gram, names, present) for gram, present in zip(grams, _known(grams), strict=True)]
-    weighted = [stats.weighted(weights) for stats in known if stats.present.any()]
-    conditions = _numbers(stats.condition_number for stats in weighted)
-    finite = conditions.isfinite()
-    condition = float((conditions[finite] if finite.any() else conditions).log().mean().exp())
-    if cost == "condition":
-        return condition, condition
+def _metric(cost: Cost, grams: Tensor, losses: Tensor, weights: Tensor) -> float:
+    """The metric that a cost improves, as :class:`WindowReport` has it."""
+    if cost == "loss":
+        parts = torch.where(_usable(losses), weights * losses, torch.nan)
+        shares = parts / parts.nansum(1, keepdim=True)
+        return float((shares - shares.nanmean(1, keepdim=True)).square().nanmean())
+    known = _known(grams)
     if cost == "magnitude":
-        return float(_numbers(stats.mean_magnitude_similarity for stats in weighted).nanmean()), condition
-    parts = torch.where(_usable(losses), weights * losses, torch.nan)
-    shares = parts / parts.nansum(1, keepdim=True)
-    return float((shares - shares.nanmean(1, keepdim=True)).square().nanmean()), condition
+        norms = weights * grams.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
+        ratios = norms[:, :, None] / norms[:, None, :]
+        similarity = (2.0 / (ratios + 1.0 / ratios)).nan_to_num(0.0)  # of two that are 0
+        pairs = (known[:, :, None] & known[:, None, :]).triu(1)
+        return float(torch.where(pairs, similarity, torch.nan).flatten(1).nanmean(1).nanmean())
+    names = tuple(str(i) for i in range(len(weights)))
+    samples = [GradStats(gram, names, present) for gram, present in zip(grams, known, strict=True) if present.any()]
+    conditions = _numbers(stats.weighted(weights).condition_number for stats in samples)
+    finite = conditions.isfinite()
+    return float((conditions[finite] if finite.any() else conditions).log().mean().exp())
 
 
 def balancing_log_weights(sizes: Tensor, previous: Tensor) -> Tensor:
@@ -522,11 +526,10 @@ def _trend(window_weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fitted(feature: Tensor, at: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
     """Least squares of ``a + b feature`` for every task: its value ``[T]`` at ``at``, and the squared residual."""
-    design = torch.stack([torch.ones_like(feature), feature], 1)
-    # Not the default driver, whose last bits differ from call to call.
-    coefficients = torch.linalg.lstsq(design, logs, driver="gels").solution
-    residual = (design @ coefficients - logs).square().sum()
-    return coefficients[0] + coefficients[1] * at, residual
+    mean, centred = logs.mean(0), feature - feature.mean()
+    slope = centred @ (logs - mean) / centred.square().sum()
+    residual = (mean + centred[:, None] * slope - logs).square().sum()
+    return mean + slope * (at - feature.mean()), residual
 
 
 def _exponential(middles: Tensor, logs: Tensor) -> Tensor:
