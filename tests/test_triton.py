@@ -574,7 +574,7 @@ class Compiled:
 def compiled_gram(num_tasks: int, kind: triton_gram.Kind, arch: int, **extra: object) -> Compiled:
     """The kernel of :func:`triton_gram.gram` for a number of tasks and a kind."""
     tiling = triton_gram.Tiling.of(num_tasks)
-    chunk = tiling.chunk(kind.dtype)
+    chunk = tiling.chunk(kind)
     signature = {"table": "*i64", "partial": "*fp64", "fits": "*i32", "num_segments": "i32", "num_rows": "i32"}
     constants = {"WIDE": kind.wide, **kind.constants(), **extra}
     if kind.wide:
@@ -590,7 +590,7 @@ def compiled_combine(dtype: torch.dtype, arch: int, aligned: bool = True) -> Com
     """The kernel of :func:`triton_gram.combine`."""
     signature = {"table": "*i64", "weights": "*fp64", "num_segments": "i32", "num_rows": "i32"}
     constants = {"DTYPE": triton_gram.TRITON_DTYPES[dtype], "ALIGNED": aligned}
-    constants |= {"LANES": 128, "VECTOR": 16 // dtype.itemsize}
+    constants |= {"LANES": 128, "VECTOR": kind(dtype, None, aligned).vector}
     return Compiled(triton_kernels.combine_kernel, arch, signature, constants, 4)
 
 
@@ -623,8 +623,9 @@ class TestCode:
     def test_tiles_off_the_diagonal_fit_in_registers(self) -> None:
         assert not compiled_gram(70, kind(torch.float32), 80, SAME=False).spills
 
-    def test_eight_tasks_fit_in_registers(self) -> None:
-        assert not compiled_gram(8, kind(torch.float32), 90).spills
+    @pytest.mark.parametrize(("dtype", "aligned"), [(torch.float32, True), (torch.bfloat16, False)])
+    def test_eight_tasks_fit_in_registers(self, dtype: torch.dtype, aligned: bool) -> None:
+        assert not compiled_gram(8, kind(dtype, aligned=aligned), 90).spills
 
     def test_unaligned_rows_are_not_read_by_16_bytes(self) -> None:
         assert compiled_gram(3, kind(torch.float32, aligned=False), 90).count(r"ld\.global\S*\.v[24]") == 0

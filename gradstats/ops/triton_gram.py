@@ -28,7 +28,7 @@ TRITON_DTYPES = {
 }
 _MAX_REGISTER_ROWS = 8  # up to so many tasks, the sums of all pairs fit in registers
 _LANES = 128  # threads of the register kernel and of the weighted sums
-VECTOR_BYTES = 16  # what each of them reads of a row at a time
+VECTOR_BYTES = 16  # what each of them reads of a row at a time, if aligned
 _MAX_TILE = 64  # tasks on each side of a tile of pairs
 # What the tile kernel reads of a row at a time: short sums, as tensor cores cut bits off when they add.
 _TILE_BYTES = 64
@@ -55,6 +55,11 @@ class Kind(NamedTuple):
             "METRIC_DTYPE": TRITON_DTYPES[self.beside_dtype] if self.beside_dtype else None,
             "ALIGNED": self.aligned,
         }
+
+    @property
+    def vector(self) -> int:
+        """Entries of a row that a thread reads at a time; one by one, many leave registers."""
+        return VECTOR_BYTES // self.dtype.itemsize if self.aligned else 2
 
     @property
     def wide(self) -> bool:
@@ -86,11 +91,11 @@ class Tiling(NamedTuple):
         tile = min(_MAX_TILE, max(16, triton.next_power_of_2(num_tasks)))
         return cls(triton.cdiv(num_tasks, tile) * tile, tile)
 
-    def chunk(self, dtype: torch.dtype) -> int:
+    def chunk(self, kind: Kind) -> int:
         """Entries of a row that are read at a time."""
         if not self.tile:
-            return _LANES * VECTOR_BYTES // dtype.itemsize
-        return max(_TILE_BYTES // dtype.itemsize, 16)  # no fewer, for tl.dot of Triton 3.6
+            return _LANES * kind.vector
+        return max(_TILE_BYTES // kind.dtype.itemsize, 16)  # no fewer, for tl.dot of Triton 3.6
 
     def num_slots(self, chunks: int) -> int:
         """Slots for a number of chunks."""
@@ -114,7 +119,7 @@ def gram(grads: Sequence[Tensor], num_tasks: int, metric: Sequence[Tensor], stac
     result = first.new_empty((num_tasks, num_tasks), dtype=torch.float64)
     with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]  # torch does not annotate it
         for kind, table, sums in zip(groups, tables, torch.split(partial, slots), strict=True):
-            size = int(table[-1, -1]) * tiling.chunk(kind.dtype) * tiling.rows * kind.dtype.itemsize
+            size = int(table[-1, -1]) * tiling.chunk(kind) * tiling.rows * kind.dtype.itemsize
             _launch(kind, to_device(table, first.device), sums, tiling, tune=size >= _MIN_TUNED)
         reduce_slots(partial, result)
     return result
@@ -145,7 +150,7 @@ def combine(grads: Sequence[Tensor], num_tasks: int, weights: Tensor, stacked: b
                 DTYPE=TRITON_DTYPES[kind.dtype],
                 ALIGNED=kind.aligned,
                 LANES=_LANES,
-                VECTOR=VECTOR_BYTES // kind.dtype.itemsize,
+                VECTOR=kind.vector,
                 num_warps=_LANES // 32,
             )
     return combined
@@ -257,7 +262,7 @@ def _table(parameters: Sequence[Parameter], tiling: Tiling) -> Table:
     table = np.zeros((len(parameters) + 1, tiling.rows + triton_kernels.COLUMNS.value), dtype=np.int64)
     table[:-1, : len(parameters[0].addresses)] = [p.addresses for p in parameters]
     numel = np.array([p.numel for p in parameters])
-    chunk = tiling.chunk(parameters[0].kind.dtype)
+    chunk = tiling.chunk(parameters[0].kind)
     columns = table[:, tiling.rows :]
     columns[:-1, triton_kernels.BESIDE.value] = [p.beside for p in parameters]
     columns[:-1, triton_kernels.NUMEL.value] = numel
@@ -310,9 +315,9 @@ def _launch(kind: Kind, table: Tensor, sums: Tensor, tiling: Tiling, *, tune: bo
             launcher(kernel, grid, num_warps, tune=False)(table, sums, fits, *sizes, WIDE=True, **constants)
 
     if not tiling.tile:
-        run(triton_kernels.register_kernel, 1, _LANES // 32, LANES=_LANES, VECTOR=VECTOR_BYTES // kind.dtype.itemsize)
+        run(triton_kernels.register_kernel, 1, _LANES // 32, LANES=_LANES, VECTOR=kind.vector)
         return
-    tiles, chunk = tiling.rows // tiling.tile, tiling.chunk(kind.dtype)
+    tiles, chunk = tiling.rows // tiling.tile, tiling.chunk(kind)
     for same, programs in ((True, tiles), (False, tiles * (tiles - 1))):
         if programs:
             run(triton_kernels.tile_kernel, programs, tiling.tile // 8, SAME=same, TILE=tiling.tile, CHUNK=chunk)
