@@ -250,7 +250,9 @@ class Scalarizer(nn.Module):
 
         Most steps of most trainings are such: on small networks all that is spared here shows.
         """
-        if not self.training or self.accumulate > 1 or self._monitor_is_due() or not torch.is_grad_enabled():
+        if not (self.training and self.accumulate == 1 and torch.is_grad_enabled()):
+            return None
+        if self.record_every is not None and self._monitor_is_due():
             return None
         weighting = self.weighting
         if not weighting.skip():

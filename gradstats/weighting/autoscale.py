@@ -270,7 +270,7 @@ class AutoScale(Weighting):
 
     def skip(self) -> bool:
         """Count a step of phase 1 that is not recorded and ends no window; those of phase 2 are not counted."""
-        if not self.exploring:
+        if self.step >= self.explore_steps:  # faster than the property, at every step
             return True
         _, start, length = self._window()
         if self.explorer is not None or self.step + 1 == start + length or self._sample_is_due():
