@@ -161,10 +161,14 @@ def test_slots_grow_with_the_work_up_to_a_bound(kernels, num_tasks):
     assert plan(kernels, num_tasks, [10**5] * 10)[1] == plan(kernels, num_tasks, [10**6])[1]
 
 
-@pytest.mark.parametrize(("num_tasks", "at_a_time"), [(2, 12), (3, 5), (6, 4), (8, 3), (16, 5), (32, 3), (64, 4)])
-def test_large_problems_fill_an_h200_in_whole_rounds(kernels, num_tasks, at_a_time):
+@pytest.mark.parametrize(
+    ("num_tasks", "dtype", "at_a_time"),
+    [*((tasks, torch.float32, n) for tasks, n in ((2, 12), (3, 5), (6, 4), (8, 3), (16, 5), (32, 3), (64, 4))),
+     (16, torch.float64, 6)],
+)  # fmt: skip
+def test_large_problems_fill_an_h200_in_whole_rounds(kernels, num_tasks, dtype, at_a_time):
     """Each of its 132 multiprocessors takes as many blocks as the registers in ``make cuda-check`` leave room for."""
-    (launch,), slots = plan(kernels, num_tasks, [10**9])
+    (launch,), slots = plan(kernels, num_tasks, [10**9], dtype)
     blocks = slots * launch[3]
     assert blocks % (132 * at_a_time) == 0
     assert blocks >= 8 * 132

@@ -72,7 +72,7 @@ struct Work {
   bool stacked;
 };
 
-// With rows to combine the gradients to, at most kSideRows tasks and no metric.
+// With rows to combine the gradients to, at most kCombinedTasks tasks and no metric.
 Work make_work(const std::vector<Tensor>& grads, int64_t num_tasks, const std::vector<Tensor>& metric, bool stacked,
                const std::vector<Tensor>& combined = {}, const double* weights = nullptr) {
   const Beside beside = !metric.empty()     ? Beside::metric
@@ -179,7 +179,7 @@ std::vector<Tensor> combine(std::vector<Tensor> grads, int64_t num_tasks, Tensor
 
 std::tuple<Tensor, std::vector<Tensor>> gram_combine(std::vector<Tensor> grads, int64_t num_tasks, Tensor weights,
                                                      std::vector<Tensor> metric, bool stacked) {
-  if (num_tasks > kSideRows || !metric.empty())
+  if (num_tasks > kCombinedTasks || !metric.empty())
     return {gram(grads, num_tasks, metric, stacked), combine(grads, num_tasks, weights, stacked)};
   weights = read_weights(weights, num_tasks);
   std::vector<Tensor> combined = empty_combinations(grads, num_tasks, stacked);

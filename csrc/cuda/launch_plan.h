@@ -20,6 +20,9 @@ enum class Kernel : uint8_t { general, registers, fragments, wide };
 // The sums of 36 pairs leave registers for enough loads in flight; those of more do not.
 constexpr int64_t kRegisterTasks = 8;
 
+// The gradients of more tasks are not combined in the pass that multiplies them.
+constexpr int64_t kCombinedTasks = kSideRows;
+
 // Whether the kernels can read a parameter where it lies: one contiguous run in every row.
 inline bool is_dense(const Walk& walk) {
   if (walk.num_loops() > 1) return false;
@@ -63,6 +66,11 @@ struct Geometry {
 // Some 16, in whole rounds of as many as a multiprocessor takes at a time: in a last round of few it would wait for them.
 constexpr int in_rounds(int at_a_time) { return 16 / at_a_time * at_a_time; }
 
+template <int kRowGroups>
+int blocks_at_a_time(Kernel kernel) {
+  return kernel == Kernel::wide ? kWideBlocks<kRowGroups> : kFragmentBlocks<kRowGroups>;
+}
+
 inline Geometry geometry(Kernel kernel, DType dtype, int64_t num_tasks) {
   return with_dtype(dtype, [&](auto in) -> Geometry {
     using In = decltype(in);
@@ -71,7 +79,7 @@ inline Geometry geometry(Kernel kernel, DType dtype, int64_t num_tasks) {
       return {1, kRegisterThreads, kRegisterChunk<In>, in_rounds(register_blocks(tasks, true))};
     const int sides = num_sides(tasks), pairs = sides * (sides + 1) / 2;
     if (pairs == 1) {
-      const int at_a_time = tasks <= 16 ? kFragmentBlocks<2> : kFragmentBlocks<4>;
+      const int at_a_time = tasks <= 16 ? blocks_at_a_time<2>(kernel) : blocks_at_a_time<4>(kernel);
       return {1, 32 * kFragmentWarps, kFragmentWarps * kWarpColumns<In>, in_rounds(at_a_time)};
     }
     const int blocks = (pairs + kPairWarps - 1) / kPairWarps;
