@@ -483,7 +483,7 @@ class _Walk:
 
     def _add_weighted(self, leaf: Node, grad: Tensor, task: int | None = None) -> None:
         """Add ``w_t`` times a task's gradient, or a weighted one as it is, at least in float32."""
-        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        wide = grad if grad.dtype.itemsize >= 4 else grad.float()
         total = self._weighted.get(leaf)
         if task is None:
             self._weighted[leaf] = wide if total is None else total + wide
