@@ -24,9 +24,9 @@
 namespace gradstats {
 namespace {
 
-// How far ahead of its use memory is asked for, as measured.
-template <class In, bool kAlone>
-constexpr int64_t kPrefetchBytes = kAlone && sizeof(In) < 8 ? 3072 : 1024;
+// How far ahead of its use memory is asked for where a single tile reads it, as measured.
+template <class In>
+constexpr int64_t kPrefetchBytes = sizeof(In) < 8 ? 3072 : 1024;
 
 // Ranges of a parameter begin at multiples of it.
 constexpr int64_t kGrain = 256;

@@ -5,20 +5,22 @@
 // The products of all pairs of rows are added tile by tile, a few vectors of each row at a time, in one of two types:
 //
 // - float32, where many tasks have contiguous runs of float32, bfloat16 or float16. It does twice as many products
-//   at a time, but rounds: up to kStep terms are added in registers, the sums of some such steps in memory, and
-//   these are folded into float64 (kSteps, steps_of_chunk). That bounds the error of a sum by 3e-7 of the norms.
+//   at a time, but rounds: up to kStep terms are added in registers, the sums of kSteps such steps in memory, and
+//   these are folded into float64. That bounds the error of a sum by 3e-7 of the norms.
 // - float64 for all else: float64 itself, few tasks, a metric, what is strided, missing or shorter than a step, and
 //   any chunk whose products leave the range of float32. Products of the narrower types are exact in it and in range.
 //
 // Every pair (i, j) sees the same operations in the same order wherever its tile lies, and the type depends on the set
 // of rows alone: permuting tasks permutes the result exactly.
 
-// Vectors of each row that a tile multiplies at a time, at most, and such steps between two folds. Of 8 times 8 terms,
-// constants lose 2.2e-7; of 64 in one chain 9e-7.
-constexpr int kStep = 8, kSteps = 8;
+// Vectors of each row that a tile multiplies at a time, at most, and such steps between two folds. Of 12 times 8 or 4
+// terms, constants lose 2.4e-7; of 64 in one chain 9e-7.
+constexpr int kStep = 8, kSteps = 12;
 // Lines of a row that are read one after another where the memory is the limit: it gives neighbours faster than one
 // line of each row in turn.
 constexpr int kBurst = 4;
+// Most rows for which the memory is the limit, not the arithmetic.
+constexpr int64_t kFewRows = 16;
 // Rows whose tiles stay in cache over a chunk, a group.
 constexpr int64_t kGroup = 16 * kTile;
 
@@ -27,16 +29,21 @@ constexpr int64_t kLanes = kVectorBytes / sizeof(Acc);
 template <class Acc>
 using Vec = Vector<Acc, kLanes<Acc>>;
 
+// Entries of a line of the cache.
+template <class T>
+constexpr int64_t kLine = 64 / sizeof(T);
+
+// Entries of each row that a tile multiplies before it is the next one's turn, a step. Of few rows it is short, so that
+// the memory is asked often.
+template <class In, class Acc, bool kFew>
+constexpr int64_t kStepEntries = kFew ? std::min(kBurst * kLine<In>, kStep * kLanes<Acc>) : kStep * kLanes<Acc>;
+
 // Most entries between two folds, a chunk.
 template <class Acc>
 constexpr int64_t kChunk = kSteps * kStep * kLanes<Acc>;
 
-// Entries of a line of the cache. Rows of a block lie a line further apart than they are long, so that they do not
-// meet in the same cache sets.
-template <class T>
-constexpr int64_t kLine = 64 / sizeof(T);
-
-// Entries that are gathered in float64 before they are multiplied, and the distance of two rows of them.
+// Entries that are gathered in float64 before they are multiplied, and the distance of two rows of them: a line more,
+// so that they do not meet in the same cache sets.
 constexpr int64_t kGathered = 128, kGatheredStride = kGathered + kLine<double>;
 
 template <class V>
@@ -93,7 +100,7 @@ template <class In>
 void convert_run(const In* __restrict in, int64_t count, double* __restrict out) {
   int64_t c = 0;
   for (; c + kLine<In> <= count; c += kLine<In>) {
-    ask_for(in + c, kPrefetchBytes<In, true>);
+    ask_for(in + c, kPrefetchBytes<In>);
     for (int64_t l = 0; l < kLine<In>; l += kLanes<double>) store(out + c + l, load<double>(in + c + l));
   }
   for (; c < count; ++c) out[c] = to_double(in[c]);
@@ -162,22 +169,24 @@ struct Ahead {
   }
 };
 
-// Adds the products of R rows among themselves, and keeps the rows in `block` where other tiles want them.
-template <int R, bool kKeep, class In, class Acc, int N>
-void add_diagonal_tile(const void* const* rows, int64_t from, int64_t count, Acc* block, int64_t stride,
-                       const Ahead<In, N>& ahead, Tile<Acc>& tile) {
+// Adds the products of rows [J, J + R) among themselves over `count` entries, and passes every vector to `keep`.
+template <int J, int R, class In, class Acc, class Keep, int N>
+[[gnu::always_inline]] inline void add_diagonal_tile(const void* const* rows, int64_t from, int64_t count,
+                                                     const Keep& keep, const Ahead<In, N>& ahead, Tile<Acc>& tile) {
   const In* in[R];
   Vec<Acc> sum[R][R] = {};
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) in[r] = static_cast<const In*>(rows[r]) + from;
+  for (int r = 0; r < R; ++r) in[r] = static_cast<const In*>(rows[J + r]) + from;
+#pragma GCC unroll 4
   for (int64_t line = 0; line < count; line += kLine<In>) {
     ahead.ask(line);
+#pragma GCC unroll 2
     for (int64_t k = line; k < line + kLine<In>; k += kLanes<Acc>) {
       Vec<Acc> x[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         x[r] = load<Acc>(in[r] + k);
-        if (kKeep) store(block + r * stride + k, x[r]);
+        keep(r, k, x[r]);
 #pragma GCC unroll 8
         for (int c = 0; c <= r; ++c) sum[c][r] += x[c] * x[r];
       }
@@ -186,18 +195,29 @@ void add_diagonal_tile(const void* const* rows, int64_t from, int64_t count, Acc
   add_to_tile<true, R, R, Acc>(sum, tile);
 }
 
-// Adds the products of kTile rows at `a` with C rows at `b`.
-template <int C, class In, class Acc, int N>
-void add_tile(const Acc* a, const Acc* b, int64_t stride, int64_t count, const Ahead<In, N>& ahead, Tile<Acc>& tile) {
+// As add_diagonal_tile, of a step, and keeps the rows in `block` for other tiles.
+template <int J, int R, bool kFew, class In, class Acc, int N>
+[[gnu::noinline]] void add_and_keep(const void* const* rows, int64_t from, Acc* block, const Ahead<In, N>& ahead,
+                                    Tile<Acc>& tile) {
+  constexpr int64_t kStride = kStepEntries<In, Acc, kFew>;
+  const auto keep = [&](int r, int64_t k, const Vec<Acc>& x) { store(block + (J + r) * kStride + k, x); };
+  add_diagonal_tile<J, R>(rows, from, kStride, keep, ahead, tile);
+}
+
+// Adds the products of kTile kept rows at `a` with C kept rows at `b`.
+template <int C, bool kFew, class In, class Acc, int N>
+[[gnu::noinline]] void add_tile(const Acc* a, const Acc* b, const Ahead<In, N>& ahead, Tile<Acc>& tile) {
+  constexpr int64_t kStride = kStepEntries<In, Acc, kFew>;
   Vec<Acc> sum[kTile][C] = {};
-  for (int64_t k = 0; k < count; k += kLanes<Acc>) {
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < kStride; k += kLanes<Acc>) {
     if (k % kLine<In> == 0) ahead.ask(k);
     Vec<Acc> x[kTile];
 #pragma GCC unroll 8
-    for (int r = 0; r < kTile; ++r) x[r] = load<Acc>(a + r * stride + k);
+    for (int r = 0; r < kTile; ++r) x[r] = load<Acc>(a + r * kStride + k);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      const Vec<Acc> y = load<Acc>(b + c * stride + k);
+      const Vec<Acc> y = load<Acc>(b + c * kStride + k);
 #pragma GCC unroll 8
       for (int r = 0; r < kTile; ++r) sum[r][c] += x[r] * y;
     }
@@ -269,16 +289,22 @@ template <int C, class In, class Acc>
     for (int i = kTile; i <= j; ++i) sums[j * (j + 1) / 2 + i] += last[i - kTile][j - kTile];
 }
 
+// Calls `function(C)` for the rows of a tile where so many are left.
+template <class Function>
+void with_width(int64_t num_rows, const Function& function) {
+  static_assert(kTile == 3 || kTile == 4);
+  switch (num_rows) {
+    case 1: return function(std::integral_constant<int, 1>{});
+    case 2: return function(std::integral_constant<int, 2>{});
+    case 3: return function(std::integral_constant<int, 3>{});
+    default: return function(std::integral_constant<int, kTile>{});
+  }
+}
+
 // Calls `function(j, C)` for the rows [j, j + C) of each tile on the diagonal.
 template <class Function>
 void for_each_width(int64_t num_rows, const Function& function) {
-  static_assert(kTile == 3 || kTile == 4);
-  for (int64_t j = 0; j < num_rows; j += kTile) switch (std::min<int64_t>(kTile, num_rows - j)) {
-      case 1: function(j, std::integral_constant<int, 1>{}); break;
-      case 2: function(j, std::integral_constant<int, 2>{}); break;
-      case 3: function(j, std::integral_constant<int, 3>{}); break;
-      default: function(j, std::integral_constant<int, kTile>{}); break;
-    }
+  for (int64_t j = 0; j < num_rows; j += kTile) with_width(num_rows - j, [&](auto width) { function(j, width); });
 }
 
 // Tiles of a group of rows with itself.
@@ -287,33 +313,23 @@ constexpr int64_t num_tiles(int64_t num_rows) {
   return side * (side + 1) / 2;
 }
 
-// What the same rows hold a little later.
-template <int N, bool kAlone, class In>
+// The same rows from entry `from` on.
+template <int N, class In>
 Ahead<In, N> ahead_of(const void* const* rows, int64_t from) {
-  constexpr int64_t kDistance = kPrefetchBytes<In, kAlone> / sizeof(In);
   Ahead<In, N> ahead;
-  for (int n = 0; n < N; ++n) ahead.rows[n] = static_cast<const In*>(rows[n]) + from + kDistance;
+  for (int n = 0; n < N; ++n) ahead.rows[n] = static_cast<const In*>(rows[n]) + from;
   return ahead;
 }
 
 // Adds the products of rows that a single tile holds.
 template <class In>
 void add_alone(const void* const* rows, int64_t num_rows, int64_t from, int64_t count, Tile<double>& tile) {
-  for_each_width(num_rows, [&](int64_t, auto width) {
+  with_width(num_rows, [&](auto width) {
     constexpr int C = decltype(width)::value;
-    add_diagonal_tile<C, false, In, double>(rows, from, count, nullptr, 0, ahead_of<C, true, In>(rows, from), tile);
+    const auto drop = [](int, int64_t, const Vec<double>&) {};
+    const auto ahead = ahead_of<C, In>(rows, from + kPrefetchBytes<In> / sizeof(In));
+    add_diagonal_tile<0, C>(rows, from, count, drop, ahead, tile);
   });
-}
-
-// Whether the tiles on the diagonal, which read new rows, come often enough to keep the memory busy by themselves.
-constexpr bool has_few_tiles(int64_t num_rows) { return num_rows <= 2 * kTile; }
-
-// Entries of each row that a tile multiplies before it is the next one's turn: few, so that the tiles that read new
-// rows come often.
-template <class In, class Acc>
-int64_t step_entries(int64_t num_rows) {
-  constexpr int64_t kMost = kStep * kLanes<Acc>;
-  return has_few_tiles(num_rows) ? std::min(kBurst * kLine<In>, kMost) : kMost;
 }
 
 // The rows of a group's next step, shared among its tiles: one or two for each, until all are asked for.
@@ -331,10 +347,7 @@ struct NextRows {
 };
 
 // Whether rows are multiplied by a strip: more than kTile, at most twice as many, and no more sums than registers.
-constexpr bool is_strip(int64_t num_rows) { return kTile == 4 && kTile < num_rows && has_few_tiles(num_rows); }
-
-// Steps between two folds. Those of a strip are short: of 12 times 4 terms constants lose 2.4e-7.
-inline int64_t steps_of_chunk(int64_t num_rows) { return is_strip(num_rows) ? 12 : kSteps; }
+constexpr bool is_strip(int64_t num_rows) { return kTile == 4 && kTile < num_rows && num_rows <= 2 * kTile; }
 
 // Adds the products of whole steps of kTile + C rows. Asks for the next step, so that the memory has work meanwhile.
 template <int C, class In, class Acc>
@@ -348,35 +361,47 @@ void add_strip(const void* const* rows, int64_t from, int64_t count, Vec<Acc>* s
   ask_for_bursts(next, 0, R);
 }
 
-// Adds the products of a step of a group's rows to its tiles, and keeps the rows in `block`.
-template <class In, class Acc>
-void add_group(const void* const* rows, int64_t num_rows, int64_t from, int64_t count, Acc* block, int64_t stride,
-               Tile<Acc>* tile) {
+// Adds the products of a step of rows [J, J + C) with themselves and with those before to their tiles, and keeps the
+// rows in `block`. Few rows are asked for by the tile that reads them, three steps ahead; many by all tiles in turn.
+// Every J has code of its own: the processor foresees what a load will read by where the load stands in the program.
+template <bool kFew, int J, int C, class In, class Acc>
+void add_column(const void* const* rows, int64_t from, Acc* block, NextRows<In>& next, Tile<Acc>* tile) {
+  constexpr int64_t kStride = kStepEntries<In, Acc, kFew>;
   const auto add = [&](const auto& ahead_of_diagonal, const auto& ahead_of_other) {
-    for_each_width(num_rows, [&](int64_t j, auto width) {
-      constexpr int C = decltype(width)::value;
-      Acc* const kept = block + j * stride;
-      add_diagonal_tile<C, true>(rows + j, from, count, kept, stride, ahead_of_diagonal(j, width), *tile++);
-      for (int64_t i = 0; i < j; i += kTile)
-        add_tile<C>(block + i * stride, kept, stride, count, ahead_of_other(), *tile++);
-    });
+    add_and_keep<J, C, kFew>(rows, from, block, ahead_of_diagonal(), *tile++);
+    for (int64_t i = 0; i < J; i += kTile)
+      add_tile<C, kFew>(block + i * kStride, block + J * kStride, ahead_of_other(), *tile++);
   };
-  if (has_few_tiles(num_rows)) {
-    const auto own = [&](int64_t j, auto width) { return ahead_of<decltype(width)::value, false, In>(rows + j, from); };
-    add(own, [] { return Ahead<In, 0>{}; });
-  } else {
-    NextRows<In> next{rows, num_rows, from + count};
-    add([&](int64_t, auto) { return next(); }, [&] { return next(); });
-  }
+  if constexpr (kFew)
+    add([&] { return ahead_of<C, In>(rows + J, from + 3 * kStride); }, [] { return Ahead<In, 0>{}; });
+  else
+    add([&] { return next(); }, [&] { return next(); });
+}
+
+// Adds the products of a step of a group's rows to its tiles, and keeps the rows in `block`.
+template <bool kFew, class In, class Acc, int... kColumns>
+void add_group(const void* const* rows, int64_t num_rows, int64_t from, Acc* block, Tile<Acc>* tiles,
+               std::integer_sequence<int, kColumns...>) {
+  NextRows<In> next{rows, num_rows, from + kStepEntries<In, Acc, kFew>};
+  const auto add = [&](auto column) {
+    constexpr int J = decltype(column)::value * kTile;
+    if (J >= num_rows) return false;
+    with_width(num_rows - J, [&](auto width) {
+      add_column<kFew, J, decltype(width)::value>(rows, from, block, next, tiles + num_tiles(J));
+    });
+    return true;
+  };
+  (void)(add(std::integral_constant<int, kColumns>{}) && ...);
 }
 
 // Adds the products of a step of the rows at `a`, a whole group, with those of another group at `b`. Returns the end
 // of the tiles.
-template <class Acc>
-Tile<Acc>* add_groups(const Acc* a, const Acc* b, int64_t num_rows, int64_t stride, int64_t count, Tile<Acc>* tile) {
+template <class In, class Acc>
+Tile<Acc>* add_groups(const Acc* a, const Acc* b, int64_t num_rows, Tile<Acc>* tile) {
+  constexpr int64_t kStride = kStepEntries<In, Acc, false>;
   for_each_width(num_rows, [&](int64_t j, auto width) {
     for (int64_t i = 0; i < kGroup; i += kTile)
-      add_tile<decltype(width)::value>(a + i * stride, b + j * stride, stride, count, Ahead<Acc, 0>{}, *tile++);
+      add_tile<decltype(width)::value, false>(a + i * kStride, b + j * kStride, Ahead<In, 0>{}, *tile++);
   });
   return tile;
 }
@@ -469,7 +494,7 @@ template <int C, class In>
 void combine(const Problem& problem, int64_t k, int64_t from, int64_t stop);
 
 // Entries that are whole chunks of any kind. A parameter may be cut there without another sum.
-constexpr int64_t kWholeChunks = 3 * std::max(kChunk<float>, kChunk<double>);
+constexpr int64_t kWholeChunks = kChunk<float>;
 
 // Entries of a parameter that stay in cache from their products to their weighted sums.
 inline int64_t span_entries(DType dtype, int64_t num_tasks) {
@@ -482,7 +507,7 @@ struct Slot {
   int64_t num_tasks = problem.num_tasks;
   Layout layout{num_tasks};
   int64_t kept_steps = layout.has_groups() ? kSteps : 1;  // rows are kept over a chunk where several groups need them
-  Buffer block = allocate(num_tasks * (kept_steps * kStep * kVectorBytes + 64));
+  Buffer block = allocate(num_tasks * kept_steps * kStep * kVectorBytes);
   Buffer gathered = allocate((num_tasks + 1) * kGatheredStride * sizeof(double));  // then the roots of the metric
   // Of the chunk: sums in float32, enough for the tiles of any two groups, too; then their totals.
   Buffer chunk_sums = allocate(padded(layout.own_tiles() * kTileSums) * sizeof(Vec<float>));
@@ -494,6 +519,7 @@ struct Slot {
 
   explicit Slot(const Problem& problem) : problem(problem) {}
 
+  bool has_few_rows() const { return num_tasks <= kFewRows; }
   double* totals() const { return static_cast<double*>(all_totals.get()); }
   Tile<double>* sum_tiles() const { return static_cast<Tile<double>*>(all_sums.get()); }
 
@@ -522,28 +548,34 @@ struct Slot {
   // and nothing was added.
   template <class In, class Acc>
   bool add_products(const void* const* rows, int64_t from, int64_t count) {
-    if (is_strip(num_tasks)) {
-      bool added = false;
-      for_each_width(num_tasks - kTile, [&](int64_t, auto width) {
-        added = add_strip_products<decltype(width)::value, In, Acc>(rows, from, count);
-      });
-      return added;
-    }
+    if (!is_strip(num_tasks))
+      return has_few_rows() ? add_tile_products<true, In, Acc>(rows, from, count)
+                            : add_tile_products<false, In, Acc>(rows, from, count);
+
+    bool added = false;
+    with_width(num_tasks - kTile, [&](auto width) {
+      added = add_strip_products<decltype(width)::value, In, Acc>(rows, from, count);
+    });
+    return added;
+  }
+
+  // As add_products, of rows that no strip holds.
+  template <bool kFew, class In, class Acc>
+  bool add_tile_products(const void* const* rows, int64_t from, int64_t count) {
     constexpr bool kFolds = std::is_same_v<Acc, float>;
-    const int64_t step = step_entries<In, Acc>(num_tasks), row = kept_steps * step + kLine<Acc>;
-    Acc* const kept = reinterpret_cast<Acc*>(block.get());
+    constexpr int64_t kStride = kStepEntries<In, Acc, kFew>;
     Tile<Acc>* const tiles = static_cast<Tile<Acc>*>(kFolds ? chunk_sums.get() : all_sums.get());
-    const auto for_each_step = [&](const auto& function) {
-      for (int64_t k = 0; k < count; k += step) function(k, std::min(count - k, step));
+    // Where the rows from g on lie, of the step at k.
+    const auto kept = [&](int64_t g, int64_t k) {
+      return reinterpret_cast<Acc*>(block.get()) + (layout.has_groups() ? num_tasks * k : 0) + g * kStride;
     };
 
     Tile<Acc>* tile = tiles;
     for (int64_t g = 0; g < num_tasks; g += kGroup) {
       const int64_t num_rows = std::min(kGroup, num_tasks - g);
-      for_each_step([&](int64_t k, int64_t n) {
-        Acc* const to = kept + g * row + (layout.has_groups() ? k : 0);
-        add_group<In>(rows + g, num_rows, from + k, n, to, row, tile);
-      });
+      constexpr auto columns = std::make_integer_sequence<int, ((kFew ? kFewRows : kGroup) + kTile - 1) / kTile>{};
+      for (int64_t k = 0; k < count; k += kStride)
+        add_group<kFew, In>(rows + g, num_rows, from + k, kept(g, k), tile, columns);
       tile += num_tiles(num_rows);
     }
     if constexpr (kFolds) {
@@ -558,9 +590,8 @@ struct Slot {
       for (int64_t g = 0; g < h; g += kGroup) {
         Tile<Acc>* const begin = kFolds ? tiles : tiles + first;
         Tile<Acc>* end = begin;
-        for_each_step([&](int64_t k, int64_t n) {
-          end = add_groups(kept + g * row + k, kept + h * row + k, std::min(kGroup, num_tasks - h), row, n, begin);
-        });
+        for (int64_t k = 0; k < count; k += kStride)
+          end = add_groups<In>(kept(g, k), kept(h, k), std::min(kGroup, num_tasks - h), begin);
         if constexpr (kFolds) add_totals(take_chunk(end - begin), end - begin, totals() + first * kTileSums);
         first += end - begin;
       }
@@ -581,10 +612,10 @@ struct Slot {
       return from;
     }
     using Acc = std::conditional_t<std::is_same_v<In, double>, double, float>;
-    const int64_t step = step_entries<In, Acc>(num_tasks);
+    const int64_t step = has_few_rows() ? kStepEntries<In, Acc, true> : kStepEntries<In, Acc, false>;
     stop -= (stop - from) % step;
     for (int64_t count; from < stop; from += count) {
-      count = std::min(steps_of_chunk(num_tasks) * step, stop - from);
+      count = std::min(kSteps * step, stop - from);
       if (!add_products<In, Acc>(rows, from, count)) gather(walk, from, count);
     }
     return from;
@@ -628,7 +659,7 @@ struct Slot {
   double* gathered_row(int64_t t) const { return reinterpret_cast<double*>(gathered.get()) + t * kGatheredStride; }
 
   void add_gathered() {
-    constexpr int64_t kMultiple = kBurst * kLine<double>;  // as a strip takes
+    constexpr int64_t kMultiple = std::max(kBurst * kLine<double>, kStep * kLanes<double>);  // any whole step
     const int64_t count = (filled + kMultiple - 1) / kMultiple * kMultiple;
     std::vector<const void*> rows(num_tasks);
     for (int64_t t = 0; t < num_tasks; ++t) {
