@@ -32,8 +32,10 @@ from gradstats.collect.survey import Linear, Survey
 _log = logging.getLogger(__name__)
 
 #: Sizes of jobs (:func:`_sizes`) whose plans have left them uncut, so that those of later steps need no survey. A job
-#: of the same sizes for which another plan were better is passed right as well.
+#: of the same sizes for which another plan were better is passed right as well. Forgotten when they are that many, as
+#: of a program whose graph never is the same.
 _uncut: set[tuple[int, ...]] = set()
+_MOST_UNCUT = 1000
 
 #: About what a step frees, in bytes, whose gradients are too small to be looked at.
 _SMALL_STEP = 8 * SMALL_BYTES
@@ -114,6 +116,8 @@ def collect_walking(
         _keep_freed(plan.bytes)
         stages, linear = _make_stages(job, survey, plan), survey.linear
         if sizes and _is_uncut(stages):
+            if len(_uncut) == _MOST_UNCUT:
+                _uncut.clear()
             _uncut.add(sizes)
             stages = [_single_stage(job)]
     walk = _Walk(job, stages, linear, must_batch=batched is True)
