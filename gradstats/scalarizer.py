@@ -114,13 +114,16 @@ class Scalarizer(nn.Module):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         self.weighting = _weighting(weighting, self.tasks, options)
+        # Found there at once; a module keeps its submodules elsewhere, and looks there last.
+        self.__dict__["weighting"] = self.weighting
         self.record_every, self.accumulate, self.method = record_every, accumulate, method
         self.num_directions, self.unbiased, self.local = num_directions, unbiased, local
         self.stats: GradStats | None = None
         self._inputs = (inputs,)  # in a tuple, so that a module given as inputs does not become a submodule
         self.grad_scaler = grad_scaler
         self._progress = _Progress()
-        self._cast = (self.weighting.weights, self.weighting.weights)  # the same, and as losses need them
+        # The weights, and as the last losses needed them: to begin with nothing, so that the first losses are checked.
+        self._cast = (self.weighting.weights, self.weighting.weights.new_empty(0))
 
     @property
     def weights(self) -> Tensor:
@@ -155,9 +158,8 @@ class Scalarizer(nn.Module):
             ValueError: If a task is unknown, the number of losses is wrong, none is given or one is not a scalar.
             TypeError: If a loss is not a tensor.
         """
-        listed, means = self._read(losses)
-        total = self._sum_of_skipped(means)
-        return self._sum(listed, means, owner) if total is None else total
+        total = self._sum_of_skipped(losses)
+        return self._sum(*self._read(losses), owner) if total is None else total
 
     def backward(
         self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor, *, owner: Tensor | None = None
@@ -173,13 +175,13 @@ class Scalarizer(nn.Module):
         Returns:
             The weighted sum, detached. With a ``grad_scaler`` the gradients are those of the scaled sum.
         """
-        listed, means = self._read(losses)
-        total = self._sum_of_skipped(means)
+        total = self._sum_of_skipped(losses)
         if total is None:
+            listed, means = self._read(losses)
             if self.training and self.wants_stats() and self._inputs_show(listed) and not _distributed():
                 weights = self.weights
                 self._count(means, listed, self._collect(listed, weights, owner=owner))
-                return _weighted_sum(means, weights).detach()
+                return self._weighted_sum(means, weights).detach()
             total = self._sum(listed, means, owner)
         torch.autograd.backward(total if self.grad_scaler is None else self.grad_scaler.scale(total))
         return total.detach()
@@ -201,7 +203,7 @@ class Scalarizer(nn.Module):
 
     def _read(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> tuple[list[Tensor | None], Tensor]:
         """One loss or None for each task, checked, and their means ``[T]`` with their graph."""
-        if isinstance(losses, (dict, Mapping)):  # "is it a Mapping?" alone takes longer than the rest
+        if isinstance(losses, Mapping):
             unknown = [name for name in losses if name not in self.tasks]
             if unknown:
                 raise ValueError(f"losses: expected tasks among {list(self.tasks)}, got {unknown}")
@@ -214,11 +216,8 @@ class Scalarizer(nn.Module):
             listed = list(losses)
             if len(listed) != len(self.tasks):
                 raise ValueError(f"losses: expected {len(self.tasks)}, one per task, got {len(listed)}")
-        means = None if self.unbiased else _joined(listed)
-        if means is None:
-            self._check(listed)
-            means = _stacked(self._means(listed))
-        return listed, means
+        self._check(listed)
+        return listed, _stacked(self._means(listed))
 
     def _check(self, listed: list[Tensor | None]) -> None:
         """Refuse losses that cannot be weighted."""
@@ -241,12 +240,12 @@ class Scalarizer(nn.Module):
     def _sum(self, listed: list[Tensor | None], means: Tensor, owner: Tensor | None) -> Tensor:
         """The weighted sum, and the step that it is part of."""
         if not (self.training and torch.is_grad_enabled()):
-            return _weighted_sum(means, self.weights)
+            return self._weighted_sum(means, self.weights)
         stats = self._collect(listed, owner=owner) if self.wants_stats() else None
-        return _weighted_sum(means, self._count(means, listed, stats))
+        return self._weighted_sum(means, self._count(means, listed, stats))
 
-    def _sum_of_skipped(self, means: Tensor) -> Tensor | None:
-        """The weighted sum at a step that only counts; None at others.
+    def _sum_of_skipped(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> Tensor | None:
+        """The weighted sum at a step that only counts, of losses as most are; None, and nothing done, at others.
 
         Most steps of most trainings are such: on small networks all that is spared here shows.
         """
@@ -254,19 +253,23 @@ class Scalarizer(nn.Module):
             return None
         if self.record_every is not None and self._monitor_is_due():
             return None
-        weighting = self.weighting
-        if not weighting.skip():
+        weighting, (known, cast) = self.weighting, self._cast
+        if known is not weighting.weights:
+            cast = weighting.weights.to(cast)
+            self._cast = (weighting.weights, cast)
+        try:
+            listed: Any = [losses[name] for name in self.tasks] if isinstance(losses, dict) else losses
+            total = torch.dot(torch.stack(listed), cast)
+        except (LookupError, TypeError, RuntimeError):  # it takes longer to look whether they are as most are
+            return None
+        if len(losses) != len(self.tasks) or not weighting.skip():
             return None
         self._progress.step += 1
-        return torch.dot(means, self._as_needed(weighting.weights, means))
+        return total
 
-    def _as_needed(self, weights: Tensor, losses: Tensor) -> Tensor:
-        """The weights in the dtype and on the device of ``losses``; those of many steps are cast once."""
-        known, cast = self._cast
-        if known is not weights or cast.dtype != losses.dtype or cast.device != losses.device:
-            cast = weights.to(losses)
-            self._cast = (weights, cast)
-        return cast
+    def _weighted_sum(self, losses: Tensor, weights: Tensor) -> Tensor:
+        self._cast = (weights, weights.to(losses))
+        return torch.dot(losses, self._cast[1])  # not ``@``, which autocast would do in 16 bits
 
     def _means(self, listed: list[Tensor | None]) -> list[Tensor | None]:
         return [None if loss is None else loss.mean() for loss in listed] if self.unbiased else listed
@@ -284,7 +287,8 @@ class Scalarizer(nn.Module):
         if self.grad_scaler is not None:
             scaled = [None if loss is None else self.grad_scaler.scale(loss) for loss in listed]
             scale = self.grad_scaler.get_scale()
-        if _distributed() and not _same_on_all_ranks(self._signature(listed), _device(listed)):
+        distributed = _distributed()
+        if distributed and not _same_on_all_ranks(self._signature(listed), _device(listed)):
             logger.warning("step %d: the ranks' graphs differ; %s", self._progress.step, _LATER)
             return None
         if not self._inputs_show(listed):
@@ -292,7 +296,7 @@ class Scalarizer(nn.Module):
                 "step %d: one task alone does not show what is shared (pass inputs); %s", self._progress.step, _LATER
             )
             return None
-        averaged = _distributed() and not self.local
+        averaged = distributed and not self.local
         run = functools.partial(collect_unbiased, num_ranks=dist.get_world_size() if averaged else 1)
         stats = (run if self.unbiased else collect)(
             self.tasks,
@@ -306,7 +310,7 @@ class Scalarizer(nn.Module):
             retain_graph=weights is None,
             reduce=_mean_over_ranks if averaged else None,
         )
-        if _distributed() and self.local:
+        if distributed and self.local:
             stats = _mean_of_ranks(stats)
         if stats.non_finite_names:
             names = ", ".join(stats.non_finite_names)
@@ -389,22 +393,12 @@ def _weighting(weighting: str | Weighting, tasks: tuple[str, ...], options: dict
     return weighting
 
 
-def _joined(listed: list[Tensor | None]) -> Tensor | None:
-    """The losses ``[T]`` with their graph, if they are as most are, so that it takes no more than that."""
-    given = [loss for loss in listed if type(loss) is Tensor and loss.ndim == 0 and loss.dtype == torch.float32]
-    return torch.stack(given) if len(given) == len(listed) else None
-
-
 def _stacked(listed: list[Tensor | None]) -> Tensor:
     """The losses ``[T]`` with their graph, at least float32, zero where there is none."""
     given = [loss for loss in listed if loss is not None]
     dtype = functools.reduce(torch.promote_types, (loss.dtype for loss in given), torch.float32)
     zero = given[0].new_zeros((), dtype=dtype)
     return torch.stack([zero if loss is None else loss.reshape(()).to(dtype) for loss in listed])
-
-
-def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
-    return torch.dot(losses, weights.to(losses))  # not ``@``, which autocast would do in 16 bits
 
 
 def _device(listed: list[Tensor | None]) -> torch.device:

@@ -1,5 +1,6 @@
 """``loss = scalarizer(losses)`` in the loops people write: what is recorded, and that training is left as it was."""
 
+import copy
 import io
 import logging
 import math
@@ -196,9 +197,11 @@ def test_autoscale_records_in_phase_1_alone_and_weighs_exactly(collections: list
 
 def test_a_skipped_step_does_not_call_the_weighting_but_its_weights_count(monkeypatch: pytest.MonkeyPatch) -> None:
     scalarizer = gradstats.Scalarizer("fixed", tasks=TASKS, weights=[0.5, 2.0, 3.0])
-    monkeypatch.setattr(scalarizer.weighting, "forward", None)
+    forward, called = scalarizer.weighting.forward, []
+    monkeypatch.setattr(scalarizer.weighting, "forward", lambda *args: called.append(dtype) or forward(*args))
     others = torch.tensor([1.0, 0.0, 4.0], dtype=torch.float64)
-    for weights, dtype in ((scalarizer.weights, torch.float32), (others, torch.float32), (others, torch.float64)):
+    same, single, double = scalarizer.weights, torch.float32, torch.float64
+    for weights, dtype in ((same, single), (others, single), (others, double), (same, double)):
         scalarizer.weighting.weights = weights
         losses = torch.tensor([1.0, 10.0, 100.0], dtype=dtype, requires_grad=True)
         total = scalarizer(dict(zip(TASKS, losses, strict=True)))
@@ -206,6 +209,17 @@ def test_a_skipped_step_does_not_call_the_weighting_but_its_weights_count(monkey
         assert total.dtype == dtype
         assert losses.grad.tolist() == weights.tolist()
         assert total.item() == torch.dot(losses.detach().double(), weights)
+    assert called == [single, double]  # at the first of each, which are checked
+
+
+def test_another_weighting_takes_effect_at_once_and_a_copy_has_its_own() -> None:
+    scalarizer = gradstats.Scalarizer("fixed", tasks=["a"], weights=[2.0])
+    loss = torch.ones((), requires_grad=True)
+    assert [scalarizer([loss]).item() for _ in range(2)] == [2.0, 2.0]
+    copied = copy.deepcopy(scalarizer)
+    scalarizer.weighting = gradstats.weighting.create("fixed", 1, weights=[3.0])
+    assert (scalarizer([loss]).item(), copied([loss]).item()) == (3.0, 2.0)
+    assert copied.weighting is dict(copied.named_modules())["weighting"]
 
 
 def test_autoscale_is_called_for_what_it_records_and_where_windows_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +234,7 @@ def test_autoscale_is_called_for_what_it_records_and_where_windows_end(monkeypat
             due.append(step)
         scalarizer(losses_of(model(batch(step)[0]), batch(step)[1])).backward()
     assert len(due) == 3
-    assert called == sorted({*due, 9, 19, 29})
+    assert called == sorted({*due, 0, 9, 19, 29})  # at 0 to check the losses
     assert scalarizer.weighting.step == 30  # the others of phase 1 are counted
 
 

@@ -79,9 +79,9 @@ class Weighting(nn.Module, ABC):
         return frozenset()
 
     def skip(self) -> bool:
-        """Take the next step in place of :meth:`forward` if its losses do not matter; whether they do not.
+        """Take the next step with ``weights`` as they are; whether that could be done without its losses.
 
-        ``weights`` are then those of this step.
+        Who skips steps sets ``weights`` anew rather than in place when they change.
         """
         return False
 
