@@ -102,11 +102,11 @@ def collect(
         {group: _of_all_tasks(entries.div_(scale**2), has_loss) for group, entries in found.items()}
         for found in (fold.grams, fold.standard_errors)
     )
-    by_group = {group: make_stats(gram, standard_error=errors.get(group)) for group, gram in grams.items()}
+    shown = {} if group_by is None else grams
     return make_stats(
         functools.reduce(torch.add, grams.values()),
         standard_error=root_sum_of_squares(list(errors.values())),
-        groups={} if group_by is None else by_group,
+        groups={group: make_stats(gram, standard_error=errors.get(group)) for group, gram in shown.items()},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -188,8 +189,10 @@ class Graph:
 
         FSDP2 frees the parameters that the forward has used; the graph holds their empty shells.
         """
-        shells = any(leaf.numel() and not leaf.untyped_storage().size() for leaf in self.leaves.values())
-        return shells or not _HIDING.isdisjoint(self._names.values())
+        if not _HIDING.isdisjoint(self._names.values()):
+            return True
+        may_have_shells = "torch.distributed.fsdp" in sys.modules
+        return may_have_shells and any(map(_is_shell, self.leaves.values()))
 
     def with_any_below(self, targets: Iterable[Node]) -> set[Node]:
         """The nodes from which a gradient flows into one of ``targets``, themselves included."""
@@ -198,6 +201,11 @@ class Graph:
             if any(child in found for child, _ in self.children[node]):
                 found.add(node)
         return found
+
+
+def _is_shell(leaf: Tensor) -> bool:
+    """Whether its memory has been freed."""
+    return leaf.numel() > 0 and not leaf.untyped_storage().size()
 
 
 def _is_as_exact(cast: Node, leaf: Any) -> bool:
