@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,7 +64,8 @@ class GradStats:
     @property
     def non_finite_names(self) -> tuple[str, ...]:
         """Names of the tasks whose gradients hold NaN or inf."""
-        return tuple(name for name, ok in zip(self.names, self.finite.tolist(), strict=True) if not ok)
+        squares = self.gram.diagonal().tolist()
+        return tuple(name for name, square in zip(self.names, squares, strict=True) if not math.isfinite(square))
 
     # ---- metrics of single tasks and of pairs -----------------------------------------------------------------------
 
@@ -153,7 +155,7 @@ class GradStats:
         """
         keep = self.present.cpu()
         gram = self.gram.detach().cpu()[keep][:, keep]
-        return torch.tensor(_condition_number(gram), dtype=torch.float64, device="cpu")
+        return torch.tensor(condition_number(gram.numpy()), dtype=torch.float64, device="cpu")
 
     # ---- under weights ----------------------------------------------------------------------------------------------
 
@@ -404,20 +406,23 @@ def _sum_of_known(errors: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(given).sum(0) if given else None
 
 
-def _condition_number(gram: Tensor) -> float:
-    """``sqrt(λ_max(G) λ_max(G⁻¹))`` with ``G = D C D``: extreme eigenvalues of graded matrices stay accurate."""
-    norms = gram.diagonal().clamp_min(0.0).sqrt()
-    if gram.shape[0] == 0 or not torch.isfinite(gram).all():
+def condition_number(gram: np.ndarray[Any, Any]) -> float:
+    """``sqrt(λ_max(G) λ_max(G⁻¹))`` with ``G = D C D``: extreme eigenvalues of graded matrices stay accurate.
+
+    In NumPy, whose calls take less than torch's where there are a few numbers.
+    """
+    if not len(gram) or not np.isfinite(gram).all():
         return math.nan
-    if (norms == 0).any():
+    norms = np.sqrt(gram.diagonal().clip(0.0))
+    if not norms.all():
         return math.inf
-    cosine = gram / norms[:, None] / norms[None, :]
-    eigenvalues = torch.linalg.eigvalsh(cosine)
-    if eigenvalues[0] <= gram.shape[0] * torch.finfo(torch.float64).eps * eigenvalues[-1]:
+    cosine = gram / norms[:, None] / norms
+    eigenvalues = np.linalg.eigvalsh(cosine)
+    if eigenvalues[0] <= len(gram) * np.finfo(np.float64).eps * eigenvalues[-1]:
         return math.inf
     # Scaled by the largest and the smallest norm, so that neither product leaves the range of float64.
     down, up = norms / norms.max(), norms.min() / norms
-    largest = torch.linalg.eigvalsh(down[:, None] * cosine * down[None, :])[-1]
-    inverse = torch.linalg.inv(cosine)
-    inverse_largest = torch.linalg.eigvalsh(up[:, None] * ((inverse + inverse.T) / 2) * up[None, :])[-1]
-    return float((largest * inverse_largest).sqrt() * (norms.max() / norms.min()))
+    largest = np.linalg.eigvalsh(down[:, None] * cosine * down)[-1]
+    inverse = np.linalg.inv(cosine)
+    inverse_largest = np.linalg.eigvalsh(up[:, None] * ((inverse + inverse.T) / 2) * up)[-1]
+    return float(np.sqrt(largest * inverse_largest) * (norms.max() / norms.min()))

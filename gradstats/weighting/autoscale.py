@@ -6,18 +6,15 @@ import functools
 import logging
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradstats.stats import GradStats
+from gradstats.stats import GradStats, condition_number
 from gradstats.weighting.base import Facts, Weighting, checked_weighting
 from gradstats.weighting.condition import least_condition
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 logger = logging.getLogger(__name__)
 
@@ -250,18 +247,18 @@ class AutoScale(Weighting):
         """Whether the step about to be taken is one to record, or one whose Gramian the explorer wants."""
         if not self.exploring:
             return False
-        sampled = "gramian" in self._records and self._sample_is_due()
+        sampled = "gramian" in self._records and self._sample_is_due(*self._window())
         return sampled or (self.explorer is not None and self.explorer.wants_stats())
 
     def _window(self) -> tuple[int, int, int]:
         """The window that ``step`` lies in: its index, first step and length."""
-        index = ((self.step + 1) * self.windows - 1) // self.explore_steps
-        start, stop = (i * self.explore_steps // self.windows for i in (index, index + 1))
-        return index, start, stop - start
+        windows, steps = self.windows, self.explore_steps
+        index = ((self.step + 1) * windows - 1) // steps
+        start = index * steps // windows
+        return index, start, (index + 1) * steps // windows - start
 
-    def _sample_is_due(self) -> bool:
+    def _sample_is_due(self, index: int, start: int, length: int) -> bool:
         # A sample that could not be taken stays due, so the next step takes it.
-        index, start, length = self._window()
         samples, steps = min(self.samples_per_window, length), self.step - start + 1
         if self.schedule == "even":
             return self._num_samples < steps * samples // length
@@ -272,8 +269,8 @@ class AutoScale(Weighting):
         """Count a step of phase 1 that is not recorded and ends no window; those of phase 2 are not counted."""
         if self.step >= self.explore_steps:  # faster than the property, at every step
             return True
-        _, start, length = self._window()
-        if self.explorer is not None or self.step + 1 == start + length or self._sample_is_due():
+        _, start, length = window = self._window()
+        if self.explorer is not None or self.step + 1 == start + length or self._sample_is_due(*window):
             return False
         self.step += 1
         return True
@@ -288,9 +285,9 @@ class AutoScale(Weighting):
         if self.explorer is not None:
             weights = self.explorer(losses, stats if self.explorer.wants_stats() else None)
             self.weights = self.explorer.weights  # some prepare those of the next step
-        if (stats is not None or "gramian" not in self._records) and self._sample_is_due():
+        _, start, length = window = self._window()
+        if (stats is not None or "gramian" not in self._records) and self._sample_is_due(*window):
             self._record(losses, stats, weights.cpu())
-        _, start, length = self._window()
         self.step += 1
         if self.step == start + length:
             self._close_window()
@@ -338,10 +335,10 @@ class AutoScale(Weighting):
         if self.cost == "condition":
             log_weights, converged = conditioning_log_weights(decisive, log_weights)
         weights = _normalized(log_weights)
-        before = _metric(self.cost, decisive, losses, torch.ones_like(weights))
-        after = _metric(self.cost, decisive, losses, weights)
-        condition = after if self.cost == "condition" else _metric("condition", decisive, losses, weights)
-        self._reports[self._num_found] = _numbers((self.step, len(losses), before, after, condition, converged))
+        before, after = _metrics(self.cost, decisive, losses, torch.stack([torch.ones_like(weights), weights]))
+        condition = after if self.cost == "condition" else _condition_number(decisive, weights)
+        report = [self.step, len(losses), before, after, condition, converged]
+        self._reports[self._num_found] = torch.tensor(report, dtype=torch.float64, device="cpu")
         self._window_weights[self._num_found] = weights
         self._num_found += 1
 
@@ -398,28 +395,32 @@ def _usable(sizes: Tensor) -> Tensor:
     return sizes.isfinite() & (sizes > 0)
 
 
-def _numbers(values: Iterable[float | Tensor]) -> Tensor:
-    return torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
-
-
-def _metric(cost: Cost, grams: Tensor, losses: Tensor, weights: Tensor) -> float:
-    """The metric that a cost improves, as :class:`WindowReport` has it."""
+def _metrics(cost: Cost, grams: Tensor, losses: Tensor, weights: Tensor) -> list[float]:
+    """The metric that a cost improves, as :class:`WindowReport` has it, under each of the ``weights`` ``[N, T]``."""
+    if cost == "condition":
+        return [_condition_number(grams, w) for w in weights]
     if cost == "loss":
-        parts = torch.where(_usable(losses), weights * losses, torch.nan)
-        shares = parts / parts.nansum(1, keepdim=True)
-        return float((shares - shares.nanmean(1, keepdim=True)).square().nanmean())
-    known = _known(grams)
-    if cost == "magnitude":
-        norms = weights * grams.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
-        ratios = norms[:, :, None] / norms[:, None, :]
+        parts = torch.where(_usable(losses), weights[:, None] * losses, torch.nan)
+        shares = parts / parts.nansum(2, keepdim=True)
+        found = (shares - shares.nanmean(2, keepdim=True)).square()
+    else:
+        norms = weights[:, None] * grams.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
+        ratios = norms[..., None] / norms[..., None, :]
         similarity = (2.0 / (ratios + 1.0 / ratios)).nan_to_num(0.0)  # of two that are 0
+        known = _known(grams)
         pairs = (known[:, :, None] & known[:, None, :]).triu(1)
-        return float(torch.where(pairs, similarity, torch.nan).flatten(1).nanmean(1).nanmean())
-    names = tuple(str(i) for i in range(len(weights)))
-    samples = [GradStats(gram, names, present) for gram, present in zip(grams, known, strict=True) if present.any()]
-    conditions = _numbers(stats.weighted(weights).condition_number for stats in samples)
-    finite = conditions.isfinite()
-    return float((conditions[finite] if finite.any() else conditions).log().mean().exp())
+        found = torch.where(pairs, similarity, torch.nan).flatten(2).nanmean(2)
+    means: list[float] = found.flatten(1).nanmean(1).tolist()
+    return means
+
+
+def _condition_number(grams: Tensor, weights: Tensor) -> float:
+    """Geometric mean of the samples' condition number under ``weights``, of those that are finite if any is."""
+    weighted = (weights[:, None] * grams * weights).numpy()
+    samples = zip(weighted, _known(grams).numpy(), strict=True)
+    found = [condition_number(gram[known][:, known]) for gram, known in samples if known.any()]
+    finite = [number for number in found if number < math.inf]
+    return math.exp(np.log(finite or found or [math.nan]).mean())
 
 
 def balancing_log_weights(sizes: Tensor, previous: Tensor) -> Tensor:
