@@ -139,12 +139,31 @@ def test_magnitude_cost_is_the_closed_form_on_the_recorded_gramians():
     assert float(found.max() / found.min()) < 1.3
 
 
-@pytest.mark.parametrize(("steps", "windows", "samples"), [(100, 2, 1), (1608, 10, 4), (3400, 10, 10), (10**5, 10, 10)])
-def test_few_steps_are_recorded_unless_said_otherwise(steps: int, windows: int, samples: int) -> None:
-    weighting = AutoScale(2, steps)
-    assert (weighting.windows, weighting.samples_per_window) == (windows, samples)
-    assert windows * samples <= 0.03 * steps
-    assert AutoScale(2, steps, samples_per_window=7).samples_per_window == 7
+@pytest.mark.parametrize(("steps", "samples"), [(60, (1,)), (100, (1, 1)), (1608, (3, 3, 2, 2, 2, 3, 3, 4, 5, 5))])
+def test_few_steps_are_recorded_unless_said_otherwise(steps: int, samples: tuple[int, ...]) -> None:
+    assert AutoScale(2, steps).samples == samples
+    assert sum(samples) <= 0.02 * steps
+    assert AutoScale(2, steps, samples_per_window=7).samples == (7,) * len(samples)
+    assert sum(AutoScale(2, 10**5).samples) == 100
+
+
+def test_each_window_records_its_share() -> None:
+    weighting = AutoScale(3, 1608)
+    run(weighting, weighting.explore_steps)
+    assert tuple(report.samples for report in weighting.reports) == weighting.samples
+
+
+def test_windows_that_count_more_in_the_prediction_are_recorded_more_often() -> None:
+    assert AutoScale(2, 10**4, predictor="mean").samples == (10,) * 10
+    assert AutoScale(2, 10**4, predictor="last").samples == (*(5,) * 9, 55)
+    ema = AutoScale(2, 10**4, predictor="ema").samples
+    assert ema == tuple(sorted(ema))
+    # What a line through windows of equal length says of its end is a sum over the windows; its variance is this.
+    middles = np.arange(10) + 0.5
+    counts = np.linalg.pinv(np.stack([np.ones(10), middles], 1)).T @ [1.0, 10.0]
+    for steps in (10**3, 10**4):
+        samples = np.array(AutoScale(2, steps).samples)
+        assert (counts**2 / samples).sum() < 0.87 * (counts**2).sum() * 10 / samples.sum()
 
 
 def test_magnitude_cost_minimises_its_definition():

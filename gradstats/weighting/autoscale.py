@@ -25,9 +25,9 @@ Schedule = Literal["even", "random"]
 
 _EMA_BETA = 0.9
 _SHORTEST_WINDOW = 10  # steps
-_MOST_SAMPLES = 10  # of a window, if not said otherwise
+_MOST_SAMPLES = 10  # of a window on average, if not said otherwise
 #: Share of all steps that is recorded at most, if not said otherwise: a recorded step costs two to three plain ones.
-_RECORDED_SHARE = 0.03
+_RECORDED_SHARE = 0.02
 _TOLERABLE_ERROR = 0.1  # of an extrapolated log-weight
 #: Bound on each weight relative to the geometric mean of all.
 WEIGHT_RANGE = 1e6
@@ -113,8 +113,9 @@ class AutoScale(Weighting):
         predictor: How the fixed weights follow from the windows' weights.
         explore: Share of the steps that is phase 1, in (0, 1].
         windows: Number of windows; fewer in short runs, where each has at least 10 steps.
-        samples_per_window: Recorded steps in a window, at most its length. None: 10, or fewer in short runs, so that
-            no more than 3 % of all steps are recorded; at least one.
+        samples_per_window: Recorded steps in a window, at most its length. None: 10 on average, or fewer in short runs,
+            so that no more than 2 % of all steps are recorded; half of them evenly, half by how much a window counts in
+            the prediction (of a line the last ones most, and hardly those in the third tenth); at least one in each.
         normalize: How weight vectors are scaled.
         explore_with: Name of another weighting, or one with its options (see :func:`gradstats.weighting.create`), whose
             weights are in force during phase 1. None: those of the last window.
@@ -124,6 +125,7 @@ class AutoScale(Weighting):
         seed: Of the random schedule, a non-negative integer.
 
     Attributes:
+        samples: Steps to record in each window.
         explorer: The other weighting; None without one.
 
     Raises:
@@ -195,9 +197,10 @@ class AutoScale(Weighting):
         self.explore_steps = max(1, round(explore * total_steps))
         self.windows = min(windows, max(1, self.explore_steps // _SHORTEST_WINDOW))
         if samples_per_window is None:
-            affordable = int(_RECORDED_SHARE * total_steps) // self.windows
-            samples_per_window = min(_MOST_SAMPLES, max(1, affordable))
-        self.samples_per_window = samples_per_window
+            affordable = min(_MOST_SAMPLES * self.windows, int(_RECORDED_SHARE * total_steps))
+            self.samples = _shared_out(affordable, _coefficients(self.windows, predictor))
+        else:
+            self.samples = (samples_per_window,) * self.windows
         gramian, losses_too = cost != "loss" or normalize == "gradient", "loss" in (cost, normalize)
         self._records = frozenset({"gramian"} if gramian else ()) | frozenset({"losses"} if losses_too else ())
         self.explorer = None if explore_with is None else checked_weighting("explore_with", explore_with, num_tasks)
@@ -214,9 +217,10 @@ class AutoScale(Weighting):
         self._window_size = zeros(())
         self._num_samples = 0
         self._num_estimates = 0  # samples whose Gramian is one
-        self._grams = zeros(samples_per_window, num_tasks, num_tasks)
-        self._losses = zeros(samples_per_window, num_tasks)
-        self._sizes = zeros(samples_per_window)  # of what ``normalize`` keeps
+        most = max(self.samples)
+        self._grams = zeros(most, num_tasks, num_tasks)
+        self._losses = zeros(most, num_tasks)
+        self._sizes = zeros(most)  # of what ``normalize`` keeps
 
     @property
     def window_weights(self) -> Tensor:
@@ -259,7 +263,7 @@ class AutoScale(Weighting):
 
     def _sample_is_due(self, index: int, start: int, length: int) -> bool:
         # A sample that could not be taken stays due, so the next step takes it.
-        samples, steps = min(self.samples_per_window, length), self.step - start + 1
+        samples, steps = min(self.samples[index], length), self.step - start + 1
         if self.schedule == "even":
             return self._num_samples < steps * samples // length
         chosen = np.random.default_rng((self.seed, index)).permutation(length)[:samples]
@@ -482,19 +486,34 @@ def predict(window_weights: Tensor, predictor: Predictor) -> Tensor:
         Float64 tensor ``[T]`` with ``sum(w) = T``.
     """
     logs, middles = _trend(window_weights)
-    num = len(logs)
+    if predictor == "exponential" and len(logs) > 2:
+        return _normalized(_exponential(middles, logs))
+    return _normalized(_coefficients(len(logs), predictor).to(logs) @ logs)
+
+
+def _coefficients(num: int, predictor: Predictor) -> Tensor:
+    """What the log-weights of ``num`` windows count in the prediction; those of a line for ``"exponential"``."""
+    middles = _middles(num)
+    centred = middles - middles.mean()
     if predictor == "last" or num == 1:
-        result = logs[-1]
-    elif predictor == "mean":
-        result = logs.mean(0)
-    elif predictor == "ema":
-        share = _EMA_BETA ** (num - 0.5 - middles)
-        result = share @ logs / share.sum()
-    elif predictor == "linear" or num == 2:
-        result = _fitted(middles, middles.new_tensor(num), logs)[0]
-    else:
-        result = _exponential(middles, logs)
-    return _normalized(result)
+        return (middles == middles[-1]).double()
+    if predictor == "mean":
+        return torch.full_like(middles, 1 / num)
+    if predictor == "ema":
+        shares = _EMA_BETA ** (num - 0.5 - middles)
+        return shares / shares.sum()
+    return 1 / num + (num - middles.mean()) * centred / centred.square().sum()
+
+
+def _shared_out(total: int, coefficients: Tensor) -> tuple[int, ...]:
+    """About ``total`` samples in windows that count so much: half evenly, half in proportion, at least one in each.
+
+    In proportion alone the prediction would vary least, if windows varied alike; but phase 1 trains with the weights of
+    each, and another kind of trend than the one assumed should show.
+    """
+    counts = coefficients.abs()
+    ends = total * (1 / len(counts) + counts / counts.sum()).cumsum(0) / 2
+    return tuple(max(1, round(number)) for number in ends.round().diff(prepend=ends.new_zeros(1)).tolist())
 
 
 def extrapolation_error(window_weights: Tensor) -> tuple[float, float]:
@@ -521,8 +540,11 @@ def extrapolation_error(window_weights: Tensor) -> tuple[float, float]:
 def _trend(window_weights: Tensor) -> tuple[Tensor, Tensor]:
     """Centred log-weights ``[n, T]``, as only ratios carry information, and the middles of the windows ``[n]``."""
     logs = window_weights.log()
-    middles = torch.arange(len(logs), dtype=torch.float64, device=logs.device) + 0.5
-    return logs - logs.mean(1, keepdim=True), middles
+    return logs - logs.mean(1, keepdim=True), _middles(len(logs)).to(logs.device)
+
+
+def _middles(num: int) -> Tensor:
+    return torch.arange(num, dtype=torch.float64, device="cpu") + 0.5
 
 
 def _fitted(feature: Tensor, at: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
