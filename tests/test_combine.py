@@ -308,7 +308,7 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
 
 
 @needs_compiled
-@pytest.mark.parametrize("isa", ["portable", "avx2"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_lesser_instruction_sets(isa: str) -> None:
     run = subprocess.run(
         [sys.executable, "-c", _EVERY_ISA],

@@ -306,7 +306,7 @@ def test_tasks_of_very_different_scale(kernel: Kernel) -> None:
 
 
 def _ranges(dtype: torch.dtype) -> dict[str, list[Tensor]]:
-    """Rows of 5000 entries whose products overflow or underflow float32 somewhere."""
+    """Rows of 5000 entries whose products overflow or underflow float32 somewhere, or that are subnormal."""
     plain = [randn(5000, seed=t, dtype=torch.float64) for t in range(6)]
     spread = 10.0 ** torch.linspace(-30, 30, 5000, dtype=torch.float64)
     chunk = torch.ones(5000, dtype=torch.float64)
@@ -318,6 +318,8 @@ def _ranges(dtype: torch.dtype) -> dict[str, list[Tensor]]:
         "within rows": [x * spread for x in plain],
         "one huge entry": [plain[0] * chunk, *plain[1:]],
         "zeros": [plain[0] * 0, plain[1] * 1e-30, plain[2] * -0.0, *plain[3:]],
+        "subnormal row": [*plain[:5], plain[5] * 1e-39],
+        "subnormal entries": [x * torch.where(x > 0, 1e-13, 1e-39) for x in plain],
         "limits": [x.sign() * s for x, s in zip(plain, (1e-15, 1e15, 1e-14, 1e14, 1, 1e-15), strict=True)],
     }
     return {name: [x.to(dtype) for x in xs] for name, xs in rows.items()}
@@ -326,14 +328,16 @@ def _ranges(dtype: torch.dtype) -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", _ranges(torch.float32))
-def test_chunks_that_leave_the_range_of_float32(kernel: Kernel, dtype: torch.dtype, name: str) -> None:
-    rows = [[x] for x in _ranges(dtype)[name]]
+@pytest.mark.parametrize("copies", [1, 2, 4])
+def test_chunks_that_leave_the_range_of_float32(kernel: Kernel, dtype: torch.dtype, name: str, copies: int) -> None:
+    rows = [[x] for x in _ranges(dtype)[name] * copies]
     expected = oracle(rows)
-    gram = kernel(flat(rows), 6)
+    gram = kernel(flat(rows), len(rows))
     assert error(gram, expected) < tolerance(kernel)
     assert (gram[torch.from_numpy(expected) != 0] != 0).all()
-    order = [3, 0, 5, 1, 4, 2]
-    assert torch.equal(kernel(flat([rows[t] for t in order]), 6), gram[order][:, order]) or kernel is _reference
+    order = [3, 0, 5, 1, 4, 2, *range(6, len(rows))]
+    permuted = kernel(flat([rows[t] for t in order]), len(rows))
+    assert torch.equal(permuted, gram[order][:, order]) or kernel is _reference
 
 
 # ---- non-finite entries ------------------------------------------------------------------------------------
@@ -343,10 +347,11 @@ def test_chunks_that_leave_the_range_of_float32(kernel: Kernel, dtype: torch.dty
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("at", [0, 63, 1000, 4098])
+@pytest.mark.parametrize("num_tasks", [6, 18])
 def test_a_broken_task_shows_in_its_row_and_column_alone(
-    kernel: Kernel, dtype: torch.dtype, bad: float, at: int
+    kernel: Kernel, dtype: torch.dtype, bad: float, at: int, num_tasks: int
 ) -> None:
-    num_tasks, broken = 6, 2
+    broken = 2
     rows = [[randn(4099, seed=t, dtype=dtype), randn(5, seed=t)] for t in range(num_tasks)]
     rows[4][0] = torch.empty(0, dtype=dtype)  # no gradient: zeros, and 0 * inf is NaN
     rows[broken][0][at] = bad
@@ -376,9 +381,11 @@ def test_permuting_tasks_permutes_the_result_exactly(dtype: torch.dtype, num_tas
 
 
 @needs_compiled
-@pytest.mark.parametrize("num_tasks", [3, 20])
-def test_bitwise_equal_for_any_number_of_threads(num_tasks: int) -> None:
-    rows = [[randn(n, seed=t) for n in (300_000, 17, 99_999)] for t in range(num_tasks)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tasks", [3, 6, 20, 100])
+def test_bitwise_equal_for_any_number_of_threads(dtype: torch.dtype, num_tasks: int) -> None:
+    scale = 20 if num_tasks == 100 else 1
+    rows = [[randn(n // scale, seed=t, dtype=dtype) for n in (300_000, 17, 99_999)] for t in range(num_tasks)]
     before = torch.get_num_threads()
     try:
         grams = []
@@ -424,8 +431,8 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
 
 
 @needs_compiled
-@pytest.mark.parametrize("isa", ["portable", "avx2"])
-def test_lesser_instruction_sets(isa: str) -> None:
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "best"])
+def test_every_instruction_set(isa: str) -> None:
     run = subprocess.run(
         [sys.executable, "-c", _EVERY_ISA],
         env={**os.environ, "GRADSTATS_CPU_ISA": isa, "GRADSTATS_BACKEND": "cpu"},

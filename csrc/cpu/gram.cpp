@@ -167,37 +167,48 @@ inline Vector<double, 8> totals(const Vector<double, 8> (&x)[8]) {
   return add_blocks(add_blocks(add_pairs(x[0], x[1]), add_pairs(x[2], x[3])),
                     add_blocks(add_pairs(x[4], x[5]), add_pairs(x[6], x[7])));
 }
+// Adds two products to each sum, in a way that gives the same with x and y exchanged. Spelled out, since not every
+// processor with AVX-512 knows it.
+inline void add_product(Vector<float, 16>& sum, Vector<uint16_t, 32> x, Vector<uint16_t, 32> y) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
+}
 #include "gram_kernel.h"
 #include "combine_kernel.h"
 #include "linear_gram_kernel.h"
 }  // namespace avx512
 #pragma GCC pop_options
 
-// The best that the processor has; GRADSTATS_CPU_ISA (portable, avx2) holds it back for tests.
+// The best that the processor has; GRADSTATS_CPU_ISA (portable, avx2, avx512) holds it back for tests.
 Kernels choose_kernels() {
-  const char* limit = std::getenv("GRADSTATS_CPU_ISA");
-  const bool allow_avx2 = limit == nullptr || std::strcmp(limit, "portable") != 0;
-  const bool allow_avx512 = allow_avx2 && (limit == nullptr || std::strcmp(limit, "avx2") != 0);
+  const char* const limit = std::getenv("GRADSTATS_CPU_ISA");
+  const auto allows = [&](const char* lesser) { return limit == nullptr || std::strcmp(limit, lesser) != 0; };
+  const bool allow_avx2 = allows("portable"), allow_avx512 = allow_avx2 && allows("avx2");
   if (allow_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return {avx512::gram_slot, avx512::combine_slot, avx512::linear_gram_slots};
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+#if __GNUC__ >= 11  // an older one may not know the name
+    if (allows("avx512") && __builtin_cpu_supports("avx512bf16"))
+      return {avx512::gram_slot<BFloat16>, avx512::combine_slot, avx512::linear_gram_slots};
+#endif
+    return {avx512::gram_slot<float>, avx512::combine_slot, avx512::linear_gram_slots};
+  }
   if (allow_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {avx2::gram_slot, avx2::combine_slot, avx2::linear_gram_slots};
-  return {portable::gram_slot, portable::combine_slot, portable::linear_gram_slots};
+    return {avx2::gram_slot<float>, avx2::combine_slot, avx2::linear_gram_slots};
+  return {portable::gram_slot<float>, portable::combine_slot, portable::linear_gram_slots};
 }
 #else
-Kernels choose_kernels() { return {portable::gram_slot, portable::combine_slot, portable::linear_gram_slots}; }
+Kernels choose_kernels() { return {portable::gram_slot<float>, portable::combine_slot, portable::linear_gram_slots}; }
 #endif
 
 // ---- the operator ---------------------------------------------------------------------------------------------------
 
 // How many ranges the entries are cut into. A function of the sizes alone, so that any number of threads adds the
-// same numbers in the same order: enough ranges to feed many cores, each long enough to be worth a thread.
+// same numbers in the same order: enough ranges to feed many cores, each long enough to be worth a thread, and the sums
+// of all pairs that it begins and ends with.
 int64_t num_slots(int64_t entries, int64_t num_tasks) {
-  constexpr int64_t kMaxSlots = 128, kMinReads = int64_t{1} << 17;
+  constexpr int64_t kMaxSlots = 128, kMinReads = int64_t{1} << 17, kMinEntries = 1536;
   constexpr int64_t kMaxSums = int64_t{1} << 21;  // of all ranges together: 16 MiB of partial sums
   const int64_t most = std::clamp<int64_t>(kMaxSums / (num_tasks * (num_tasks + 1) / 2), 1, kMaxSlots);
-  return std::clamp<int64_t>(entries * num_tasks / kMinReads, 1, most);
+  return std::clamp<int64_t>(std::min(entries * num_tasks / kMinReads, entries / kMinEntries), 1, most);
 }
 
 const Kernels& kernels() {

@@ -6,15 +6,16 @@
 //
 // - float32, where many tasks have contiguous runs of float32, bfloat16 or float16. It does twice as many products
 //   at a time, but rounds: up to kStep terms are added in registers, the sums of kSteps such steps in memory, and
-//   these are folded into float64. That bounds the error of a sum by 3e-7 of the norms.
+//   these are folded into float64. That bounds the error of a sum by 3e-7 of the norms. Rows of bfloat16 are multiplied
+//   as they are where the processor can do so: two terms a lane at a time, added and rounded one after the other.
 // - float64 for all else: float64 itself, few tasks, a metric, what is strided, missing or shorter than a step, and
 //   any chunk whose products leave the range of float32. Products of the narrower types are exact in it and in range.
 //
 // Every pair (i, j) sees the same operations in the same order wherever its tile lies, and the type depends on the set
 // of rows alone: permuting tasks permutes the result exactly.
 
-// Vectors of each row that a tile multiplies at a time, at most, and such steps between two folds. Of 12 times 8 or 4
-// terms, constants lose 2.4e-7; of 64 in one chain 9e-7.
+// Terms that a tile adds to each lane of its sums at a time, at most, and such steps between two folds. Of 12 times 8
+// or 4 terms, constants lose 2.4e-7; of 64 in one chain 9e-7.
 constexpr int kStep = 8, kSteps = 12;
 // Lines of a row that are read one after another where the memory is the limit: it gives neighbours faster than one
 // line of each row in turn.
@@ -24,10 +25,11 @@ constexpr int64_t kFewRows = 16;
 // Rows whose tiles stay in cache over a chunk, a group.
 constexpr int64_t kGroup = 16 * kTile;
 
-template <class Acc>
-constexpr int64_t kLanes = kVectorBytes / sizeof(Acc);
-template <class Acc>
-using Vec = Vector<Acc, kLanes<Acc>>;
+template <class T>
+constexpr int64_t kLanes = kVectorBytes / sizeof(T);
+// Of bfloat16, its bits.
+template <class T>
+using Vec = Vector<std::conditional_t<std::is_same_v<T, BFloat16>, uint16_t, T>, kLanes<T>>;
 
 // Entries of a line of the cache.
 template <class T>
@@ -35,8 +37,9 @@ constexpr int64_t kLine = 64 / sizeof(T);
 
 // Entries of each row that a tile multiplies before it is the next one's turn, a step. Of few rows it is short, so that
 // the memory is asked often.
-template <class In, class Acc, bool kFew>
-constexpr int64_t kStepEntries = kFew ? std::min(kBurst * kLine<In>, kStep * kLanes<Acc>) : kStep * kLanes<Acc>;
+template <class In, class Factor, bool kFew>
+constexpr int64_t kStepEntries =
+    kFew ? std::min(kBurst * kLine<In>, kStep * kLanes<Sum<Factor>>) : kStep * kLanes<Sum<Factor>>;
 
 // Most entries between two folds, a chunk.
 template <class Acc>
@@ -76,16 +79,18 @@ Vector<float, N> load_floats(const Float16* from) {
   return (Floats)(value | (bits & 0x8000u) << 16);
 }
 
-// A vector of Acc from as many entries of type In.
-template <class Acc, class In>
-Vec<Acc> load(const In* from) {
-  if constexpr (std::is_same_v<Acc, In>)
-    return load_as<Vec<Acc>>(from);
-  else if constexpr (std::is_same_v<Acc, double>)
+// A vector of T from as many entries of type In.
+template <class T, class In>
+Vec<T> load(const In* from) {
+  if constexpr (std::is_same_v<T, In>)
+    return load_as<Vec<T>>(from);
+  else if constexpr (std::is_same_v<T, double>)
     return widen(load_floats<kLanes<double>>(from));
   else
     return load_floats<kLanes<float>>(from);
 }
+
+inline void store(BFloat16* to, Vec<BFloat16> v) { __builtin_memcpy(to, &v, sizeof v); }
 
 inline void store(float* to, Vec<float> v) { __builtin_memcpy(to, &v, sizeof v); }
 
@@ -144,6 +149,13 @@ inline void convert_row(const Walk& walk, int64_t row, DType dtype, int64_t begi
 
 // ---- products ---------------------------------------------------------------------------------------------------
 
+// Rows of type In are multiplied as Factor, and the products added in Sum<Factor>. Of bfloat16 an instruction set may
+// have an add_product of its own.
+template <class V>
+void add_product(V& sum, const V& x, const V& y) {
+  sum += x * y;
+}
+
 // Sums of the products of a tile's rows r and columns c; on the diagonal, of r <= c.
 template <class Acc>
 struct Tile {
@@ -170,59 +182,61 @@ struct Ahead {
 };
 
 // Adds the products of rows [J, J + R) among themselves over `count` entries, and passes every vector to `keep`.
-template <int J, int R, class In, class Acc, class Keep, int N>
+template <int J, int R, class Factor, class In, class Keep, int N>
 [[gnu::always_inline]] inline void add_diagonal_tile(const void* const* rows, int64_t from, int64_t count,
-                                                     const Keep& keep, const Ahead<In, N>& ahead, Tile<Acc>& tile) {
+                                                     const Keep& keep, const Ahead<In, N>& ahead,
+                                                     Tile<Sum<Factor>>& tile) {
   const In* in[R];
-  Vec<Acc> sum[R][R] = {};
+  Vec<Sum<Factor>> sum[R][R] = {};
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) in[r] = static_cast<const In*>(rows[J + r]) + from;
 #pragma GCC unroll 4
   for (int64_t line = 0; line < count; line += kLine<In>) {
     ahead.ask(line);
 #pragma GCC unroll 2
-    for (int64_t k = line; k < line + kLine<In>; k += kLanes<Acc>) {
-      Vec<Acc> x[R];
+    for (int64_t k = line; k < line + kLine<In>; k += kLanes<Factor>) {
+      Vec<Factor> x[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        x[r] = load<Acc>(in[r] + k);
+        x[r] = load<Factor>(in[r] + k);
         keep(r, k, x[r]);
 #pragma GCC unroll 8
-        for (int c = 0; c <= r; ++c) sum[c][r] += x[c] * x[r];
+        for (int c = 0; c <= r; ++c) add_product(sum[c][r], x[c], x[r]);
       }
     }
   }
-  add_to_tile<true, R, R, Acc>(sum, tile);
+  add_to_tile<true, R, R>(sum, tile);
 }
 
 // As add_diagonal_tile, of a step, and keeps the rows in `block` for other tiles.
-template <int J, int R, bool kFew, class In, class Acc, int N>
-[[gnu::noinline]] void add_and_keep(const void* const* rows, int64_t from, Acc* block, const Ahead<In, N>& ahead,
-                                    Tile<Acc>& tile) {
-  constexpr int64_t kStride = kStepEntries<In, Acc, kFew>;
-  const auto keep = [&](int r, int64_t k, const Vec<Acc>& x) { store(block + (J + r) * kStride + k, x); };
-  add_diagonal_tile<J, R>(rows, from, kStride, keep, ahead, tile);
+template <int J, int R, bool kFew, class In, class Factor, int N>
+[[gnu::noinline]] void add_and_keep(const void* const* rows, int64_t from, Factor* block, const Ahead<In, N>& ahead,
+                                    Tile<Sum<Factor>>& tile) {
+  constexpr int64_t kStride = kStepEntries<In, Factor, kFew>;
+  const auto keep = [&](int r, int64_t k, const Vec<Factor>& x) { store(block + (J + r) * kStride + k, x); };
+  add_diagonal_tile<J, R, Factor>(rows, from, kStride, keep, ahead, tile);
 }
 
 // Adds the products of kTile kept rows at `a` with C kept rows at `b`.
-template <int C, bool kFew, class In, class Acc, int N>
-[[gnu::noinline]] void add_tile(const Acc* a, const Acc* b, const Ahead<In, N>& ahead, Tile<Acc>& tile) {
-  constexpr int64_t kStride = kStepEntries<In, Acc, kFew>;
-  Vec<Acc> sum[kTile][C] = {};
+template <int C, bool kFew, class In, class Factor, int N>
+[[gnu::noinline]] void add_tile(const Factor* a, const Factor* b, const Ahead<In, N>& ahead,
+                                Tile<Sum<Factor>>& tile) {
+  constexpr int64_t kStride = kStepEntries<In, Factor, kFew>;
+  Vec<Sum<Factor>> sum[kTile][C] = {};
 #pragma GCC unroll 1
-  for (int64_t k = 0; k < kStride; k += kLanes<Acc>) {
+  for (int64_t k = 0; k < kStride; k += kLanes<Factor>) {
     if (k % kLine<In> == 0) ahead.ask(k);
-    Vec<Acc> x[kTile];
+    Vec<Factor> x[kTile];
 #pragma GCC unroll 8
-    for (int r = 0; r < kTile; ++r) x[r] = load<Acc>(a + r * kStride + k);
+    for (int r = 0; r < kTile; ++r) x[r] = load<Factor>(a + r * kStride + k);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      const Vec<Acc> y = load<Acc>(b + c * kStride + k);
+      const Vec<Factor> y = load<Factor>(b + c * kStride + k);
 #pragma GCC unroll 8
-      for (int r = 0; r < kTile; ++r) sum[r][c] += x[r] * y;
+      for (int r = 0; r < kTile; ++r) add_product(sum[r][c], x[r], y);
     }
   }
-  add_to_tile<false, kTile, C, Acc>(sum, tile);
+  add_to_tile<false, kTile, C>(sum, tile);
 }
 
 // Asks for kBurst lines of each of the rows [first, last), those of one row after another.
@@ -238,13 +252,14 @@ template <class In>
 // three tiles: the first rows among themselves, these with the last ones, and the last ones among themselves. Asks for
 // these very lines, half of the rows at a time: what lies further ahead the processor foresees best where nobody asks
 // for it. Not inlined, where the compiler keeps all the addresses and runs out of registers.
-template <int C, class In, class Acc>
-[[gnu::noinline]] void add_strip_step(const void* const* rows, int64_t from, Vec<Acc>* sums) {
+template <int C, class In, class Factor>
+[[gnu::noinline]] void add_strip_step(const void* const* rows, int64_t from, Vec<Sum<Factor>>* sums) {
   constexpr int R = kTile + C;
   const In* in[R];
-  Vec<Acc> first[kTile][kTile], between[kTile][C], last[C][C];
-  const auto add = [](Vec<Acc>& sum, int64_t k, const Vec<Acc>& x, const Vec<Acc>& y) {
-    sum = k == 0 ? x * y : sum + x * y;
+  Vec<Sum<Factor>> first[kTile][kTile], between[kTile][C], last[C][C];
+  const auto add = [](Vec<Sum<Factor>>& sum, int64_t k, const Vec<Factor>& x, const Vec<Factor>& y) {
+    if (k == 0) sum = Vec<Sum<Factor>>{};
+    add_product(sum, x, y);
   };
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) in[r] = static_cast<const In*>(rows[r]) + from;
@@ -252,17 +267,17 @@ template <int C, class In, class Acc>
   for (int line = 0; line < kBurst; ++line) {
     if (line % 2 == 0) ask_for_bursts(in, R * line / kBurst, R * (line + 2) / kBurst);
 #pragma GCC unroll 2
-    for (int64_t k = line * kLine<In>; k < (line + 1) * kLine<In>; k += kLanes<Acc>) {
-      Vec<Acc> x[kTile];
+    for (int64_t k = line * kLine<In>; k < (line + 1) * kLine<In>; k += kLanes<Factor>) {
+      Vec<Factor> x[kTile];
 #pragma GCC unroll 8
       for (int j = 0; j < kTile; ++j) {
-        x[j] = load<Acc>(in[j] + k);
+        x[j] = load<Factor>(in[j] + k);
 #pragma GCC unroll 8
         for (int i = 0; i <= j; ++i) add(first[i][j], k, x[i], x[j]);
       }
 #pragma GCC unroll 8
       for (int j = 0; j < C; ++j) {
-        const Vec<Acc> y = load<Acc>(in[kTile + j] + k);
+        const Vec<Factor> y = load<Factor>(in[kTile + j] + k);
 #pragma GCC unroll 8
         for (int i = 0; i < kTile; ++i) add(between[i][j], k, x[i], y);
       }
@@ -274,11 +289,11 @@ template <int C, class In, class Acc>
     for (int i = 0; i < kTile && i <= j; ++i)
       sums[j * (j + 1) / 2 + i] += j < kTile ? first[i][j % kTile] : between[i][j % kTile];
 #pragma GCC unroll 8
-  for (int64_t k = 0; k < kBurst * kLine<In>; k += kLanes<Acc>) {
-    Vec<Acc> x[C];
+  for (int64_t k = 0; k < kBurst * kLine<In>; k += kLanes<Factor>) {
+    Vec<Factor> x[C];
 #pragma GCC unroll 8
     for (int j = 0; j < C; ++j) {
-      x[j] = load<Acc>(in[kTile + j] + k);
+      x[j] = load<Factor>(in[kTile + j] + k);
 #pragma GCC unroll 8
       for (int i = 0; i <= j; ++i) add(last[i][j], k, x[i], x[j]);
     }
@@ -328,7 +343,7 @@ void add_alone(const void* const* rows, int64_t num_rows, int64_t from, int64_t 
     constexpr int C = decltype(width)::value;
     const auto drop = [](int, int64_t, const Vec<double>&) {};
     const auto ahead = ahead_of<C, In>(rows, from + kPrefetchBytes<In> / sizeof(In));
-    add_diagonal_tile<0, C>(rows, from, count, drop, ahead, tile);
+    add_diagonal_tile<0, C, double>(rows, from, count, drop, ahead, tile);
   });
 }
 
@@ -350,11 +365,11 @@ struct NextRows {
 constexpr bool is_strip(int64_t num_rows) { return kTile == 4 && kTile < num_rows && num_rows <= 2 * kTile; }
 
 // Adds the products of whole steps of kTile + C rows. Asks for the next step, so that the memory has work meanwhile.
-template <int C, class In, class Acc>
-void add_strip(const void* const* rows, int64_t from, int64_t count, Vec<Acc>* sums) {
+template <int C, class In, class Factor>
+void add_strip(const void* const* rows, int64_t from, int64_t count, Vec<Sum<Factor>>* sums) {
   constexpr int R = kTile + C;
   const int64_t stop = from + count;
-  for (; from < stop; from += kBurst * kLine<In>) add_strip_step<C, In, Acc>(rows, from, sums);
+  for (; from < stop; from += kBurst * kLine<In>) add_strip_step<C, In, Factor>(rows, from, sums);
   const In* next[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) next[r] = static_cast<const In*>(rows[r]) + stop;
@@ -364,9 +379,9 @@ void add_strip(const void* const* rows, int64_t from, int64_t count, Vec<Acc>* s
 // Adds the products of a step of rows [J, J + C) with themselves and with those before to their tiles, and keeps the
 // rows in `block`. Few rows are asked for by the tile that reads them, three steps ahead; many by all tiles in turn.
 // Every J has code of its own: the processor foresees what a load will read by where the load stands in the program.
-template <bool kFew, int J, int C, class In, class Acc>
-void add_column(const void* const* rows, int64_t from, Acc* block, NextRows<In>& next, Tile<Acc>* tile) {
-  constexpr int64_t kStride = kStepEntries<In, Acc, kFew>;
+template <bool kFew, int J, int C, class In, class Factor>
+void add_column(const void* const* rows, int64_t from, Factor* block, NextRows<In>& next, Tile<Sum<Factor>>* tile) {
+  constexpr int64_t kStride = kStepEntries<In, Factor, kFew>;
   const auto add = [&](const auto& ahead_of_diagonal, const auto& ahead_of_other) {
     add_and_keep<J, C, kFew>(rows, from, block, ahead_of_diagonal(), *tile++);
     for (int64_t i = 0; i < J; i += kTile)
@@ -379,10 +394,10 @@ void add_column(const void* const* rows, int64_t from, Acc* block, NextRows<In>&
 }
 
 // Adds the products of a step of a group's rows to its tiles, and keeps the rows in `block`.
-template <bool kFew, class In, class Acc, int... kColumns>
-void add_group(const void* const* rows, int64_t num_rows, int64_t from, Acc* block, Tile<Acc>* tiles,
+template <bool kFew, class In, class Factor, int... kColumns>
+void add_group(const void* const* rows, int64_t num_rows, int64_t from, Factor* block, Tile<Sum<Factor>>* tiles,
                std::integer_sequence<int, kColumns...>) {
-  NextRows<In> next{rows, num_rows, from + kStepEntries<In, Acc, kFew>};
+  NextRows<In> next{rows, num_rows, from + kStepEntries<In, Factor, kFew>};
   const auto add = [&](auto column) {
     constexpr int J = decltype(column)::value * kTile;
     if (J >= num_rows) return false;
@@ -396,9 +411,9 @@ void add_group(const void* const* rows, int64_t num_rows, int64_t from, Acc* blo
 
 // Adds the products of a step of the rows at `a`, a whole group, with those of another group at `b`. Returns the end
 // of the tiles.
-template <class In, class Acc>
-Tile<Acc>* add_groups(const Acc* a, const Acc* b, int64_t num_rows, Tile<Acc>* tile) {
-  constexpr int64_t kStride = kStepEntries<In, Acc, false>;
+template <class In, class Factor>
+Tile<Sum<Factor>>* add_groups(const Factor* a, const Factor* b, int64_t num_rows, Tile<Sum<Factor>>* tile) {
+  constexpr int64_t kStride = kStepEntries<In, Factor, false>;
   for_each_width(num_rows, [&](int64_t j, auto width) {
     for (int64_t i = 0; i < kGroup; i += kTile)
       add_tile<decltype(width)::value, false>(a + i * kStride, b + j * kStride, Ahead<In, 0>{}, *tile++);
@@ -428,7 +443,8 @@ bool is_zero(const In* row, int64_t count) {
 
 // Whether float32 could hold the products of a chunk's row with others that it could hold, to judge by its sum of
 // squares. By Cauchy and Schwarz no sum exceeds the largest sum of squares, and what underflows is nothing beside rows
-// that are not tiny. NaN and inf are left to float64.
+// that are not tiny: 2e-8 of their norms at most where all below 2^-126 is taken for zero, as in products of bfloat16.
+// NaN and inf are left to float64.
 template <class In>
 bool in_range(double square, const In* row, int64_t count) {
   return square <= 0x1p100 && (square >= 0x1p-90 || is_zero(row, count));
@@ -469,11 +485,11 @@ struct Layout {
 
 // Adds the products of a chunk of kTile + C rows to the totals of all chunks. False: float32 cannot hold them, and
 // nothing was added. So few totals stay in registers, and the memory hardly has to wait for them.
-template <int C, class In>
+template <int C, class In, class Factor>
 [[gnu::noinline]] bool add_strip_chunk(const void* const* rows, int64_t from, int64_t count, Vec<float>* sums,
                                        double* totals) {
   constexpr int R = kTile + C, kVectors = padded(R * (R + 1) / 2) / kLanes<double>;
-  add_strip<C, In, float>(rows, from, count, sums);
+  add_strip<C, In, Factor>(rows, from, count, sums);
   Vec<double> chunk[kVectors];
 #pragma GCC unroll 16
   for (int k = 0; k < kVectors; ++k) chunk[k] = take_totals(sums + k * kLanes<double>);
@@ -502,6 +518,8 @@ inline int64_t span_entries(DType dtype, int64_t num_tasks) {
   return std::max<int64_t>(1, kSpanBytes / (num_tasks * element_size(dtype) * kWholeChunks)) * kWholeChunks;
 }
 
+// Rows of bfloat16 are multiplied as BFloat16Factor.
+template <class BFloat16Factor = float>
 struct Slot {
   const Problem& problem;
   int64_t num_tasks = problem.num_tasks;
@@ -512,16 +530,19 @@ struct Slot {
   // Of the chunk: sums in float32, enough for the tiles of any two groups, too; then their totals.
   Buffer chunk_sums = allocate(padded(layout.own_tiles() * kTileSums) * sizeof(Vec<float>));
   Buffer chunk_totals = allocate(padded(layout.own_tiles() * kTileSums) * sizeof(double));
-  // Of all chunks in float32, and of all that is added in float64.
+  // Of all chunks in float32, and of all that is added in float64, once there is any.
   Buffer all_totals = allocate(layout.tiles() * kTileSums * sizeof(double));
-  Buffer all_sums = allocate(layout.tiles() * sizeof(Tile<double>));
+  Buffer all_sums;
   int64_t filled = 0;  // columns gathered
 
   explicit Slot(const Problem& problem) : problem(problem) {}
 
   bool has_few_rows() const { return num_tasks <= kFewRows; }
   double* totals() const { return static_cast<double*>(all_totals.get()); }
-  Tile<double>* sum_tiles() const { return static_cast<Tile<double>*>(all_sums.get()); }
+  Tile<double>* sum_tiles() {
+    if (all_sums == nullptr) all_sums = allocate(layout.tiles() * sizeof(Tile<double>));
+    return static_cast<Tile<double>*>(all_sums.get());
+  }
 
   // Takes the totals of the chunk's tiles, the first so many.
   const double* take_chunk(int64_t num_tiles) {
@@ -536,38 +557,39 @@ struct Slot {
   }
 
   // As add_products, of rows that a strip holds.
-  template <int C, class In, class Acc>
+  template <int C, class In, class Factor>
   bool add_strip_products(const void* const* rows, int64_t from, int64_t count) {
-    if constexpr (std::is_same_v<Acc, float>)
-      return add_strip_chunk<C, In>(rows, from, count, static_cast<Vec<float>*>(chunk_sums.get()), totals());
-    add_strip<C, In, double>(rows, from, count, static_cast<Vec<double>*>(all_sums.get()));
+    if constexpr (std::is_same_v<Sum<Factor>, float>)
+      return add_strip_chunk<C, In, Factor>(rows, from, count, static_cast<Vec<float>*>(chunk_sums.get()), totals());
+    add_strip<C, In, double>(rows, from, count, &sum_tiles()->sum[0][0]);
     return true;
   }
 
   // Adds the products of entries [from, from + count) of all rows, at most a chunk. False: float32 cannot hold them
   // and nothing was added.
-  template <class In, class Acc>
+  template <class In, class Factor>
   bool add_products(const void* const* rows, int64_t from, int64_t count) {
     if (!is_strip(num_tasks))
-      return has_few_rows() ? add_tile_products<true, In, Acc>(rows, from, count)
-                            : add_tile_products<false, In, Acc>(rows, from, count);
+      return has_few_rows() ? add_tile_products<true, In, Factor>(rows, from, count)
+                            : add_tile_products<false, In, Factor>(rows, from, count);
 
     bool added = false;
     with_width(num_tasks - kTile, [&](auto width) {
-      added = add_strip_products<decltype(width)::value, In, Acc>(rows, from, count);
+      added = add_strip_products<decltype(width)::value, In, Factor>(rows, from, count);
     });
     return added;
   }
 
   // As add_products, of rows that no strip holds.
-  template <bool kFew, class In, class Acc>
+  template <bool kFew, class In, class Factor>
   bool add_tile_products(const void* const* rows, int64_t from, int64_t count) {
+    using Acc = Sum<Factor>;
     constexpr bool kFolds = std::is_same_v<Acc, float>;
-    constexpr int64_t kStride = kStepEntries<In, Acc, kFew>;
-    Tile<Acc>* const tiles = static_cast<Tile<Acc>*>(kFolds ? chunk_sums.get() : all_sums.get());
+    constexpr int64_t kStride = kStepEntries<In, Factor, kFew>;
+    Tile<Acc>* const tiles = static_cast<Tile<Acc>*>(kFolds ? chunk_sums.get() : sum_tiles());
     // Where the rows from g on lie, of the step at k.
     const auto kept = [&](int64_t g, int64_t k) {
-      return reinterpret_cast<Acc*>(block.get()) + (layout.has_groups() ? num_tasks * k : 0) + g * kStride;
+      return reinterpret_cast<Factor*>(block.get()) + (layout.has_groups() ? num_tasks * k : 0) + g * kStride;
     };
 
     Tile<Acc>* tile = tiles;
@@ -599,7 +621,7 @@ struct Slot {
   }
 
   // Adds whole steps of a parameter whose rows are runs, straight from where they lie. Returns where they end.
-  template <class In>
+  template <class In, class Factor = Sum<In>>
   int64_t add_runs(const Walk& walk, int64_t from, int64_t stop) {
     const void* const* const rows = walk.data.data();
     // Where a single tile does it all, float64 keeps up with the memory, and no row is needed again.
@@ -611,12 +633,11 @@ struct Slot {
       }
       return from;
     }
-    using Acc = std::conditional_t<std::is_same_v<In, double>, double, float>;
-    const int64_t step = has_few_rows() ? kStepEntries<In, Acc, true> : kStepEntries<In, Acc, false>;
+    const int64_t step = has_few_rows() ? kStepEntries<In, Factor, true> : kStepEntries<In, Factor, false>;
     stop -= (stop - from) % step;
     for (int64_t count; from < stop; from += count) {
       count = std::min(kSteps * step, stop - from);
-      if (!add_products<In, Acc>(rows, from, count)) gather(walk, from, count);
+      if (!add_products<In, Factor>(rows, from, count)) gather(walk, from, count);
     }
     return from;
   }
@@ -626,7 +647,7 @@ struct Slot {
       case DType::float32: return add_runs<float>(walk, from, stop);
       case DType::float64: return add_runs<double>(walk, from, stop);
       case DType::float16: return add_runs<Float16>(walk, from, stop);
-      case DType::bfloat16: return add_runs<BFloat16>(walk, from, stop);
+      case DType::bfloat16: return add_runs<BFloat16, BFloat16Factor>(walk, from, stop);
     }
     return from;
   }
@@ -690,19 +711,21 @@ struct Slot {
   // Writes the sums of all pairs (i, j), i <= j, row by row.
   void finish(double* out) {
     if (filled > 0) add_gathered();
+    const Vec<double>* const sums = static_cast<Vec<double>*>(all_sums.get());
     for (int64_t i = 0; i < num_tasks; ++i)
       for (int64_t j = i; j < num_tasks; ++j, ++out) {
-        const Vec<double>& lanes = static_cast<Vec<double>*>(all_sums.get())[layout.sum(i, j)];
-        *out = totals()[layout.sum(i, j)];
-        for (int lane = 0; lane < kLanes<double>; ++lane) *out += lanes[lane];
+        const int64_t k = layout.sum(i, j);
+        *out = totals()[k];
+        for (int lane = 0; sums != nullptr && lane < kLanes<double>; ++lane) *out += sums[k][lane];
       }
   }
 };
 
 // Sums of the products of all pairs over entries [begin, end) of the concatenated parameters, into `out`
 // [num_tasks * (num_tasks + 1) / 2].
+template <class BFloat16Factor = float>
 void gram_slot(const Problem& problem, int64_t begin, int64_t end, double* out) {
-  Slot slot(problem);
+  Slot<BFloat16Factor> slot(problem);
   slot.add(begin, end);
   slot.finish(out);
 }

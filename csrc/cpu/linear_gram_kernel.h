@@ -157,7 +157,7 @@ struct PatchGradients {
   }
 
   // Forms the gradients of a patch, adds their products to `slot` and writes their weighted sum.
-  void add_to(Slot& slot, const Patch& patch) {
+  void add_to(Slot<>& slot, const Patch& patch) {
     for (int64_t rows, row = 0; row < layer.rows; row += rows) {
       rows = std::min(kPackedRows, layer.rows - row);
       pack<kPanel<Acc>>(layer.inputs, row, rows, patch.input, patch.inputs, entries(packed_inputs));
@@ -192,7 +192,7 @@ void linear_gram_slots_as(const LinearLayer& layer, int64_t num_slots, int64_t f
   PatchGradients<Acc> gradients(layer);
   const int64_t num_pairs = layer.num_tasks() * (layer.num_tasks() + 1) / 2, patches = layer.num_patches();
   for (int64_t s = first; s < last; ++s) {
-    Slot slot(gradients.problem);
+    Slot<> slot(gradients.problem);
     for (int64_t p = s * patches / num_slots; p < (s + 1) * patches / num_slots; ++p)
       gradients.add_to(slot, layer.patch(p));
     slot.finish(sums + s * num_pairs);
