@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -247,6 +248,21 @@ def test_constants_of_many_tasks_and_entries(dtype: torch.dtype, num_tasks: int,
     expected = n * float(x[0]) ** 2
     gram = ops.gram([x.expand(num_tasks, n)], num_tasks, [], True)
     assert ((gram / expected - 1).abs() <= 3e-7).all()
+
+
+@needs_compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tasks", [6, 12, 20])
+def test_terms_that_vanish_beside_a_large_one(dtype: torch.dtype, num_tasks: int) -> None:
+    """A chunk begins with 1 in each lane of the sums; of all further terms of that lane each is just rounded away."""
+    for lanes, chunk in itertools.product((8, 16), (512, 768, 1024, 1536)):
+        for step in (4 * lanes, 8 * lanes):
+            at = torch.arange(chunk)
+            x = torch.where((at < step) | (at % step < lanes), 2.0**-12, 0.0)
+            x[:lanes] = 1.0
+            row = x.repeat(4).to(dtype)  # few enough to be one range
+            gram = ops.gram([row.expand(num_tasks, -1)], num_tasks, [], True)
+            assert abs(gram[0, -1].item() / float(row.double() @ row.double()) - 1) <= 1e-6, (lanes, chunk, step)
 
 
 @needs_compiled

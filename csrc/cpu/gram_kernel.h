@@ -5,18 +5,20 @@
 // The products of all pairs of rows are added tile by tile, a few vectors of each row at a time, in one of two types:
 //
 // - float32, where many tasks have contiguous runs of float32, bfloat16 or float16. It does twice as many products
-//   at a time, but rounds: up to kStep terms are added in registers, the sums of kSteps such steps in memory, and
-//   these are folded into float64. That bounds the error of a sum by 3e-7 of the norms. Rows of bfloat16 are multiplied
-//   as they are where the processor can do so: two terms a lane at a time, added and rounded one after the other.
+//   at a time, but rounds: the terms of a step are added in registers, the sums of several steps in memory, and these
+//   are folded into float64 before a term has passed through more than kRoundings additions. That bounds the error of
+//   any sum by 1e-6 of the norms, and of constants by 3e-7. Rows of bfloat16 are multiplied as they are where the
+//   processor can do so: two terms a lane at a time, added and rounded one after the other.
 // - float64 for all else: float64 itself, few tasks, a metric, what is strided, missing or shorter than a step, and
 //   any chunk whose products leave the range of float32. Products of the narrower types are exact in it and in range.
 //
 // Every pair (i, j) sees the same operations in the same order wherever its tile lies, and the type depends on the set
 // of rows alone: permuting tasks permutes the result exactly.
 
-// Terms that a tile adds to each lane of its sums at a time, at most, and such steps between two folds. Of 12 times 8
-// or 4 terms, constants lose 2.4e-7; of 64 in one chain 9e-7.
-constexpr int kStep = 8, kSteps = 12;
+// Terms that a tile adds to each lane of its sums at a time, at most.
+constexpr int kStep = 8;
+// Additions that a term may pass through between two folds, those of its step and one for each step; each loses 2^-24.
+constexpr int kRoundings = 16;
 // Lines of a row that are read one after another where the memory is the limit: it gives neighbours faster than one
 // line of each row in turn.
 constexpr int kBurst = 4;
@@ -41,9 +43,11 @@ template <class In, class Factor, bool kFew>
 constexpr int64_t kStepEntries =
     kFew ? std::min(kBurst * kLine<In>, kStep * kLanes<Sum<Factor>>) : kStep * kLanes<Sum<Factor>>;
 
-// Most entries between two folds, a chunk.
+// Most entries between two folds, a chunk, of steps of so many.
 template <class Acc>
-constexpr int64_t kChunk = kSteps * kStep * kLanes<Acc>;
+constexpr int64_t chunk_entries(int64_t step) {
+  return (kRoundings - step / kLanes<Acc>) * step;
+}
 
 // Entries that are gathered in float64 before they are multiplied, and the distance of two rows of them: a line more,
 // so that they do not meet in the same cache sets.
@@ -509,13 +513,12 @@ template <int C, class In, class Factor>
 // Writes the weighted sums of entries [from, stop) of parameter k (combine_kernel.h).
 void combine(const Problem& problem, int64_t k, int64_t from, int64_t stop);
 
-// Entries that are whole chunks of any kind. A parameter may be cut there without another sum.
-constexpr int64_t kWholeChunks = kChunk<float>;
-
 // Entries of a parameter that stay in cache from their products to their weighted sums.
 inline int64_t span_entries(DType dtype, int64_t num_tasks) {
   constexpr int64_t kSpanBytes = 1 << 16;
-  return std::max<int64_t>(1, kSpanBytes / (num_tasks * element_size(dtype) * kWholeChunks)) * kWholeChunks;
+  // Whole chunks, of the short steps of few rows as well: a parameter may be cut there without another sum.
+  const int64_t chunks = (num_tasks <= kFewRows ? 3 : 1) * chunk_entries<float>(kStep * kLanes<float>);
+  return std::max<int64_t>(1, kSpanBytes / (num_tasks * element_size(dtype) * chunks)) * chunks;
 }
 
 // Rows of bfloat16 are multiplied as BFloat16Factor.
@@ -524,7 +527,7 @@ struct Slot {
   const Problem& problem;
   int64_t num_tasks = problem.num_tasks;
   Layout layout{num_tasks};
-  int64_t kept_steps = layout.has_groups() ? kSteps : 1;  // rows are kept over a chunk where several groups need them
+  int64_t kept_steps = layout.has_groups() ? kRoundings - kStep : 1;  // rows are kept over a chunk where several groups need them
   Buffer block = allocate(num_tasks * kept_steps * kStep * kVectorBytes);
   Buffer gathered = allocate((num_tasks + 1) * kGatheredStride * sizeof(double));  // then the roots of the metric
   // Of the chunk: sums in float32, enough for the tiles of any two groups, too; then their totals.
@@ -628,7 +631,7 @@ struct Slot {
     if (num_tasks <= kTile) {
       stop -= (stop - from) % kGathered;
       for (int64_t count; from < stop; from += count) {
-        count = std::min(kWholeChunks, stop - from);
+        count = std::min(chunk_entries<double>(kStep * kLanes<double>), stop - from);
         add_alone<In>(rows, num_tasks, from, count, *sum_tiles());
       }
       return from;
@@ -636,7 +639,7 @@ struct Slot {
     const int64_t step = has_few_rows() ? kStepEntries<In, Factor, true> : kStepEntries<In, Factor, false>;
     stop -= (stop - from) % step;
     for (int64_t count; from < stop; from += count) {
-      count = std::min(kSteps * step, stop - from);
+      count = std::min(chunk_entries<Sum<Factor>>(step), stop - from);
       if (!add_products<In, Factor>(rows, from, count)) gather(walk, from, count);
     }
     return from;
