@@ -322,6 +322,23 @@ def handover_table() -> str:
     return table(["Δ (%), lower is better", *optimizers], rows, markdown=True)
 
 
+def records_table() -> str:
+    """How far AutoScale's weights depend on which steps are recorded."""
+    results = load("records")
+    by_layout: dict[str, list[str]] = {}
+    for record in results["records"]:
+        samples = record["samples"]
+        layout, count = "every step", ""
+        if samples is not None:
+            layout = f"{samples[0]} in each window" if len(set(samples)) == 1 else ", ".join(map(str, samples))
+            count = str(sum(samples))
+        cells = by_layout.setdefault(layout, [count])
+        cells += ["" if samples is None else f"{record['from_all_steps']:.3f}", f"{record['between_trainings']:.3f}"]
+    titles = [f"{what}, T = {tasks}" for tasks in (2, 3) for what in ("from all steps", "between trainings")]
+    rows = [[layout, *cells] for layout, cells in by_layout.items()]
+    return table(["recorded", "steps", *titles], rows, markdown=True)
+
+
 def weightings_table() -> str:
     """What there is to know of every weighting."""
     rows = []
@@ -368,6 +385,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "weightings": weightings_table,
     "weighting times": weighting_times_table,
     "handover": handover_table,
+    "records": records_table,
     "overhead": overhead_table,
     "plan": plan_table,
     "collect targets": targets_table,

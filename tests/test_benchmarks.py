@@ -12,6 +12,7 @@ import handover
 import linear
 import plan
 import pytest
+import records
 import render
 import torch
 import weightings
@@ -253,6 +254,23 @@ def test_tables_and_picture_show_what_was_measured(tmp_path, monkeypatch):
     drawn = {p.get_label(): p.get_offsets().tolist() for p in figure.axes[0].collections}
     assert drawn["gradstats"] == [[10.0, 0.0]]
     assert drawn["TorchJD autogram"] == [[55.0, 0.0]]
+
+
+def test_weights_depend_less_on_the_batches_the_more_steps_are_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "DRAWS", 30)
+    out = tmp_path / "records.json"
+    records.main(["--out", str(out), "--seeds", "1", "--steps", "500"])
+    found = json.loads(out.read_text())
+    every, *fewer, default = (r for r in found["records"] if len(r["tasks"]) == 3)
+    assert every["samples"] is None
+    assert every["from_all_steps"] == 0
+    errors = [record["from_all_steps"] for record in fewer]
+    assert errors == sorted(errors, reverse=True)
+    assert sum(default["samples"]) == 11
+    monkeypatch.setattr(render, "load", lambda name: found)
+    lines = render.records_table().splitlines()
+    assert len(lines) == 2 + 6
+    assert [cell.strip() for cell in lines[3].split("|")[1:3]] == ["2 in each window", "20"]
 
 
 @pytest.mark.parametrize("name", handover.OPTIMIZERS)
