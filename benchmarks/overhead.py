@@ -3,7 +3,7 @@
 Every training is run without gradstats (the plain sum of the losses) and with each variant, all of them step by step
 in turn, in a random order, so that whatever else the machine does hits all of them, and none always follows the same
 one, whose data fill the caches. Compared is the CPU time of all steps (one thread): forward pass, collection, backward
-and optimizer. The whole is repeated; given are the median ratio and the range.
+and optimizer. The whole is repeated, with other initial weights and batches; given are the median ratio and the range.
 
 * Statistics: 8 tasks on the MLP and the Transformer of ``cases.py``; exact Gramians every 100 steps, sketched ones
   of 8 directions (norms to a quarter each, so to be averaged) every 50. The steps between are compared apart.
@@ -59,13 +59,13 @@ class Training:
         title: For tables.
         tasks: Names of the tasks.
         steps: Number of steps.
-        make: A fresh model's parameters, and its losses.
+        make: A fresh model's parameters, and its losses; of a seed.
     """
 
     title: str
     tasks: tuple[str, ...]
     steps: int
-    make: Callable[[], tuple[list[nn.Parameter], NextLosses]]
+    make: Callable[[int], tuple[list[nn.Parameter], NextLosses]]
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class Variant:
 # ---- trainings -------------------------------------------------------------------------------------------------------
 
 
-def fixed_batch(model: str, num_tasks: int) -> tuple[list[nn.Parameter], NextLosses]:
-    """A model of ``cases.py`` on its one batch."""
+def fixed_batch(model: str, num_tasks: int, _seed: int) -> tuple[list[nn.Parameter], NextLosses]:
+    """A model of ``cases.py`` on its one batch, whatever the seed."""
     case = build_case(model, num_tasks, "shared")
 
     def losses() -> dict[str, Tensor]:
@@ -100,27 +100,27 @@ def fixed_batch(model: str, num_tasks: int) -> tuple[list[nn.Parameter], NextLos
     return [*case.parameters, *case.heads.parameters()], losses
 
 
-def random_batches(data: OverlaidDigits) -> Iterator[dict[str, Tensor]]:
-    """The same batches at every call."""
-    generator = torch.Generator().manual_seed(0)
+def random_batches(data: OverlaidDigits, seed: int) -> Iterator[dict[str, Tensor]]:
+    """The same batches at every call with one seed."""
+    generator = torch.Generator().manual_seed(seed)
     while True:
         yield data[torch.randint(len(data), (BATCH_SIZE,), generator=generator)]
 
 
-def digits(data: OverlaidDigits, tasks: tuple[str, ...]) -> tuple[list[nn.Parameter], NextLosses]:
+def digits(data: OverlaidDigits, tasks: tuple[str, ...], seed: int) -> tuple[list[nn.Parameter], NextLosses]:
     """The demo's network."""
-    torch.manual_seed(0)
-    model, batches = Digits(tasks), random_batches(data)
+    torch.manual_seed(seed)
+    model, batches = Digits(tasks), random_batches(data, seed)
     return list(model.parameters()), lambda: compute_losses(model, next(batches), reconstruction="sum")
 
 
-def pixels(data: OverlaidDigits) -> tuple[list[nn.Parameter], NextLosses]:
+def pixels(data: OverlaidDigits, seed: int) -> tuple[list[nn.Parameter], NextLosses]:
     """An autoencoder whose tasks are to draw a pixel each; the losses' scales are those of the pixels."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     size = data.images[0].numel()
     encoder = nn.Sequential(nn.Linear(size, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64))
     heads = nn.ModuleList([nn.Linear(64, 1) for _ in range(PIXELS)])
-    batches = random_batches(data)
+    batches = random_batches(data, seed)
 
     def losses() -> dict[str, Tensor]:
         flat = next(batches)["image"].flatten(1)
@@ -146,8 +146,8 @@ class Trainee:
         recorded: Whether each step recorded statistics.
     """
 
-    def __init__(self, training: Training, variant: Variant) -> None:
-        parameters, self.losses = training.make()
+    def __init__(self, training: Training, variant: Variant, seed: int = 0) -> None:
+        parameters, self.losses = training.make(seed)
         self.optimizer = torch.optim.AdamW(parameters, 1e-3)
         self.scalarizer = variant.scalarizer(training) if variant.scalarizer is not None else None
         self.fused, self.by_hand = variant.fused, variant.by_hand
@@ -202,8 +202,8 @@ def compare(training: Training, variants: list[Variant], repeats: int) -> list[d
     totals: dict[str, list[float]] = {v.title: [] for v in running}
     by_kind: dict[str, dict[bool, list[float]]] = {v.title: {False: [], True: []} for v in running}
     counts = dict.fromkeys(totals, 0)
-    for _ in range(repeats):
-        trainees = {v.title: Trainee(training, v) for v in running}
+    for seed in range(repeats):
+        trainees = {v.title: Trainee(training, v, seed) for v in running}
         order, generator = list(trainees.values()), random.Random(0)
         leader = next(trainee.scalarizer for trainee in order if trainee.scalarizer is not None)
         for _ in track(range(training.steps), description=training.title):
@@ -317,12 +317,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--only", default="", help="trainings whose title holds this")
+    parser.add_argument("--only", default="", help="trainings whose title holds this; the file keeps others")
     parser.add_argument("--steps", type=int, help="steps of every training (200, and for AutoScale 1608)")
     parser.add_argument("--repeats", type=int, default=3, help="trainings of each kind (3)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     results: dict[str, Any] = {"machine": describe() | stamp(), "records": []}
+    if options.only and options.out.exists():
+        found = json.loads(options.out.read_text())["records"]
+        results["records"] = [record for record in found if options.only not in record["training"]]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for training, variants in comparisons(options.steps):
         if options.only in training.title:
