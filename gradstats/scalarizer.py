@@ -203,7 +203,7 @@ class Scalarizer(nn.Module):
 
     def _read(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> tuple[list[Tensor | None], Tensor]:
         """One loss or None for each task, checked, and their means ``[T]`` with their graph."""
-        if isinstance(losses, Mapping):
+        if isinstance(losses, (dict, Mapping)):  # "is it a Mapping?" alone takes longer than the rest
             unknown = [name for name in losses if name not in self.tasks]
             if unknown:
                 raise ValueError(f"losses: expected tasks among {list(self.tasks)}, got {unknown}")
@@ -216,8 +216,11 @@ class Scalarizer(nn.Module):
             listed = list(losses)
             if len(listed) != len(self.tasks):
                 raise ValueError(f"losses: expected {len(self.tasks)}, one per task, got {len(listed)}")
-        self._check(listed)
-        return listed, _stacked(self._means(listed))
+        means = None if self.unbiased else _joined(listed)
+        if means is None:
+            self._check(listed)
+            means = _stacked(self._means(listed))
+        return listed, means
 
     def _check(self, listed: list[Tensor | None]) -> None:
         """Refuse losses that cannot be weighted."""
@@ -254,6 +257,8 @@ class Scalarizer(nn.Module):
         if self.record_every is not None and self._monitor_is_due():
             return None
         weighting, (known, cast) = self.weighting, self._cast
+        if type(weighting).skip is Weighting.skip:  # it never does
+            return None
         if known is not weighting.weights:
             cast = weighting.weights.to(cast)
             self._cast = (weighting.weights, cast)
@@ -391,6 +396,12 @@ def _weighting(weighting: str | Weighting, tasks: tuple[str, ...], options: dict
     if weighting.num_tasks != len(tasks):
         raise ValueError(f"weighting: expected one for {len(tasks)} tasks, got one for {weighting.num_tasks}")
     return weighting
+
+
+def _joined(listed: list[Tensor | None]) -> Tensor | None:
+    """The losses ``[T]`` with their graph, if they are as most are, so that it takes no more than that."""
+    given = [loss for loss in listed if type(loss) is Tensor and loss.ndim == 0 and loss.dtype == torch.float32]
+    return torch.stack(given) if len(given) == len(listed) else None
 
 
 def _stacked(listed: list[Tensor | None]) -> Tensor:
