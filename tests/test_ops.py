@@ -255,14 +255,16 @@ def test_constants_of_many_tasks_and_entries(dtype: torch.dtype, num_tasks: int,
 @pytest.mark.parametrize("num_tasks", [6, 12, 20])
 def test_terms_that_vanish_beside_a_large_one(dtype: torch.dtype, num_tasks: int) -> None:
     """A chunk begins with 1 in each lane of the sums; of all further terms of that lane each is just rounded away."""
-    for lanes, chunk in itertools.product((8, 16), (512, 768, 1024, 1536)):
-        for step in (4 * lanes, 8 * lanes):
+    # Entries of a vector, and those that a lane takes of it: of bfloat16 two.
+    for (entries, each), chunk in itertools.product(((8, 1), (16, 1), (32, 2)), (512, 768, 1024, 1536)):
+        for step in (4 * entries, 8 * entries):
             at = torch.arange(chunk)
-            x = torch.where((at < step) | (at % step < lanes), 2.0**-12, 0.0)
-            x[:lanes] = 1.0
+            begins_lane = (at % step < entries) & (at % each == 0)
+            x = torch.where((at < step) | begins_lane, 2.0**-12, 0.0)
+            x[begins_lane & (at < step)] = 1.0
             row = x.repeat(4).to(dtype)  # few enough to be one range
             gram = ops.gram([row.expand(num_tasks, -1)], num_tasks, [], True)
-            assert abs(gram[0, -1].item() / float(row.double() @ row.double()) - 1) <= 1e-6, (lanes, chunk, step)
+            assert abs(gram[0, -1].item() / float(row.double() @ row.double()) - 1) <= 1e-6, (entries, chunk, step)
 
 
 @needs_compiled
