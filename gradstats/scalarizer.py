@@ -248,7 +248,7 @@ class Scalarizer(nn.Module):
         return self._weighted_sum(means, self._count(means, listed, stats))
 
     def _sum_of_skipped(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> Tensor | None:
-        """The weighted sum at a step that only counts, of losses as most are; None, and nothing done, at others.
+        """The weighted sum at a step that only counts; None, and nothing done, at others.
 
         Most steps of most trainings are such: on small networks all that is spared here shows.
         """
@@ -256,21 +256,28 @@ class Scalarizer(nn.Module):
             return None
         if self.record_every is not None and self._monitor_is_due():
             return None
-        weighting, (known, cast) = self.weighting, self._cast
+        weighting = self.weighting
         if type(weighting).skip is Weighting.skip:  # it never does
             return None
-        if known is not weighting.weights:
-            cast = weighting.weights.to(cast)
-            self._cast = (weighting.weights, cast)
-        try:
-            listed: Any = [losses[name] for name in self.tasks] if isinstance(losses, dict) else losses
-            total = torch.dot(torch.stack(listed), cast)
-        except (LookupError, TypeError, RuntimeError):  # it takes longer to look whether they are as most are
-            return None
-        if len(losses) != len(self.tasks) or not weighting.skip():
+        total = self._sum_of_usual(losses, weighting.weights)
+        if total is None:
+            total = self._weighted_sum(self._read(losses)[1], weighting.weights)
+        if not weighting.skip():
             return None
         self._progress.step += 1
         return total
+
+    def _sum_of_usual(self, losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor, weights: Tensor) -> Tensor | None:
+        """The weighted sum of losses as most are; None for others. It takes longer to look which they are."""
+        known, cast = self._cast
+        if known is not weights:
+            cast = weights.to(cast)
+            self._cast = (weights, cast)
+        try:
+            listed: Any = [losses[name] for name in self.tasks] if isinstance(losses, dict) else losses
+            return torch.dot(torch.stack(listed), cast) if len(losses) == len(self.tasks) else None
+        except (LookupError, TypeError, RuntimeError):
+            return None
 
     def _weighted_sum(self, losses: Tensor, weights: Tensor) -> Tensor:
         self._cast = (weights, weights.to(losses))

@@ -197,8 +197,7 @@ def test_autoscale_records_in_phase_1_alone_and_weighs_exactly(collections: list
 
 def test_a_skipped_step_does_not_call_the_weighting_but_its_weights_count(monkeypatch: pytest.MonkeyPatch) -> None:
     scalarizer = gradstats.Scalarizer("fixed", tasks=TASKS, weights=[0.5, 2.0, 3.0])
-    forward, called = scalarizer.weighting.forward, []
-    monkeypatch.setattr(scalarizer.weighting, "forward", lambda *args: called.append(dtype) or forward(*args))
+    monkeypatch.setattr(scalarizer.weighting, "forward", None)
     others = torch.tensor([1.0, 0.0, 4.0], dtype=torch.float64)
     same, single, double = scalarizer.weights, torch.float32, torch.float64
     for weights, dtype in ((same, single), (others, single), (others, double), (same, double)):
@@ -209,7 +208,6 @@ def test_a_skipped_step_does_not_call_the_weighting_but_its_weights_count(monkey
         assert total.dtype == dtype
         assert losses.grad.tolist() == weights.tolist()
         assert total.item() == torch.dot(losses.detach().double(), weights)
-    assert called == [single, double]  # at the first of each, which are checked
 
 
 def test_another_weighting_takes_effect_at_once_and_a_copy_has_its_own() -> None:
@@ -234,7 +232,7 @@ def test_autoscale_is_called_for_what_it_records_and_where_windows_end(monkeypat
             due.append(step)
         scalarizer(losses_of(model(batch(step)[0]), batch(step)[1])).backward()
     assert len(due) == 3
-    assert called == sorted({*due, 0, 9, 19, 29})  # at 0 to check the losses
+    assert called == sorted({*due, 9, 19, 29})
     assert scalarizer.weighting.step == 30  # the others of phase 1 are counted
 
 
