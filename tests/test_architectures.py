@@ -70,8 +70,8 @@ class Convolutions(Heads):
             nn.ConvTranspose1d(6, 4, 3, stride=2, output_padding=1),
             nn.Unflatten(2, (2, 2, 4)),
             nn.Conv3d(4, 5, 2, padding=1),
+            nn.LeakyReLU(),  # before the normalization, which leaves no gradient but rounding to a bias just below it
             nn.BatchNorm3d(5),
-            nn.LeakyReLU(),
             nn.AvgPool3d(2),
             nn.Flatten(),
         )

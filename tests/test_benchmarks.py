@@ -297,7 +297,12 @@ def test_weights_are_handed_over_in_all_ways(tmp_path, monkeypatch):
     found = json.loads(out.read_text())
     records = {r["way"]: r["errors"] for r in found["records"]}
     assert list(records) == [way.title for way in handover.WAYS]
-    assert len({str(errors) for errors in records.values()}) == len(records), "all ways differ"
+    # Where the moments are rescaled with the weights, Adam does not see the weights' common scale: one training.
+    rescaled = [errors[0] for way, errors in records.items() if "rescaled" in way]
+    assert len(rescaled) == 3
+    assert all(errors == pytest.approx(rescaled[0], rel=0.02) for errors in rescaled)
+    others = [errors[0] for way, errors in records.items() if "rescaled" not in way]
+    assert len({str(errors) for errors in [*others, rescaled[0]]}) == len(others) + 1, "all others differ"
     monkeypatch.setattr(render, "load", lambda name: found)
     lines = render.handover_table().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == list(records)
