@@ -56,8 +56,7 @@ def pairwise(
     grads, names = _without_names(grads, names, stacked)
     operands = _operands(grads, stacked, metric)
     task_names = check_names(names, operands.num_tasks)
-    with torch.no_grad():
-        gram = _diagnosed(lambda: ops.gram(*operands), grads, operands.stacked)
+    gram = _diagnosed(ops.gram, operands, grads, operands.stacked)
     present = torch.ones(operands.num_tasks, dtype=torch.bool, device=gram.device)
     return GradStats(gram=gram, names=task_names, present=present)
 
@@ -99,13 +98,13 @@ class PairwisePlan:
     def _plan(self) -> tuple[ops.GramPlan, tuple[str, ...], Tensor]:
         operands = _operands(self._grads, self._stacked, self._metric)
         names = check_names(self._names, operands.num_tasks)
-        plan = _diagnosed(lambda: ops.GramPlan(*operands), self._grads, operands.stacked)
+        plan = _diagnosed(ops.GramPlan, operands, self._grads, operands.stacked)
         return plan, names, torch.ones(operands.num_tasks, dtype=torch.bool, device=operands.tensors[0].device)
 
     def __call__(self) -> GradStats:
         """The statistics of what the gradients hold now."""
         plan, names, present = self._planned
-        gram = _diagnosed(plan, self._grads, self._stacked)
+        gram = _diagnosed(plan, (), self._grads, self._stacked)
         if gram is None:
             self._planned = self._plan()
             return self()
@@ -121,14 +120,14 @@ class _Operands(NamedTuple):
     stacked: bool
 
 
-def _diagnosed(call: Callable[[], _Result], grads: Any, stacked: bool) -> _Result:
-    """``call()``, which passes ``grads`` to an operator.
+def _diagnosed(call: Callable[..., _Result], operands: Sequence[Any], grads: Any, stacked: bool) -> _Result:
+    """``call(*operands)``, which passes ``grads`` to an operator.
 
     Its kernels check their many tensors as they read them, far faster than Python could. If they refuse, it is found
     out here what is wrong with which one.
     """
     try:
-        return call()
+        return call(*operands)
     except (RuntimeError, TypeError, ValueError) as error:
         failure = error
     (_check_blocks if stacked else _check_lists)(grads)
@@ -178,12 +177,13 @@ def _listed_operands(grads: Any, metric: Any) -> _Operands:
         scale = _metric_operand(metric, len(tasks[0]), models)
         tasks = [[task[k] for k in models] for task in tasks]
     tensors = [grad for task in tasks for grad in task]
-    model = next((grad for grad in tensors if isinstance(grad, Tensor)), None)
-    if model is None:
-        _check_lists(grads)
-    elif NoneType in set(map(type, tensors)):
-        missing = model.new_empty(0)  # the operators take tensors alone
-        tensors = [missing if grad is None else grad for grad in tensors]
+    if NoneType in set(map(type, tensors)):
+        model = next((grad for grad in tensors if isinstance(grad, Tensor)), None)
+        if model is None:
+            _check_lists(grads)
+        else:  # the operators take tensors alone
+            missing = model.new_empty(0)
+            tensors = [missing if grad is None else grad for grad in tensors]
     return _Operands(tensors, len(tasks), scale, stacked=False)
 
 
@@ -293,6 +293,8 @@ def _metric_operand(metric: object, num_params: int, models: Mapping[int, Tensor
 
 
 def _as_list(value: object, argument: str) -> list[Any]:
+    if isinstance(value, (list, tuple)):  # as nearly all are; the abstract types take long to ask
+        return list(value)
     if isinstance(value, Mapping) or not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{argument}: expected a tensor or a sequence of tensors, got {type(value).__name__}")
     return list(value)

@@ -374,7 +374,7 @@ def check_names(names: Sequence[str] | None, num_tasks: int, argument: str = "na
         TypeError: If it is not a sequence (sets have no order) of strings.
     """
     if names is None:
-        return tuple(f"task{t}" for t in range(num_tasks))
+        return tuple([f"task{t}" for t in range(num_tasks)])
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"{argument}: expected a sequence of strings, one per task, got {names!r}")
     if len(names) != num_tasks:

@@ -288,6 +288,14 @@ def test_plans_give_what_pairwise_gives(num_tasks):
     assert torch.equal(gram, gradstats.pairwise(grads).gram)
 
 
+def test_results_never_require_grad():
+    rows, weights = list(torch.ones(2, 3, 4, device="cuda", requires_grad=True)), torch.ones(2, device="cuda").double()
+    gram, combined = ops.gram_combine(rows, 2, weights)
+    linear, linear_combined = ops.linear_gram_combine(rows[0], rows, weights)
+    results = [gram, *combined, ops.gram(rows, 2), *ops.combine(rows, 2, weights), linear, linear_combined]
+    assert not any(result.requires_grad for result in results)
+
+
 def test_collects_during_backward():
     torch.manual_seed(0)
     trunk = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 32)).cuda()

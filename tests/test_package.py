@@ -58,6 +58,22 @@ def test_a_backend_can_be_forced():
     assert "ImportError: GRADSTATS_BACKEND=cpu, but that backend is not loaded" in missing.stderr
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_results_never_require_grad(backend):
+    if not gradstats.backends()[backend].available:
+        pytest.skip(f"no {backend} kernels")
+    done = python(
+        "import torch; from gradstats import ops\n"
+        "rows, weights = list(torch.ones(2, 3, 4, requires_grad=True)), torch.ones(2, requires_grad=True).double()\n"
+        "results = [ops.gram(rows, 2, rows[:1]), ops.GramPlan(rows, 2, [], False)(), *ops.combine(rows, 2, weights),\n"
+        "    *ops.gram_combine(rows, 2, weights)[1], ops.gram_combine(rows, 2, weights)[0],\n"
+        "    ops.linear_gram(rows[0], rows), *ops.linear_gram_combine(rows[0], rows, weights)]\n"
+        "print([result.requires_grad for result in results])",
+        GRADSTATS_BACKEND=backend,
+    )
+    assert done.stdout.strip() == str([False] * 8), done.stderr
+
+
 def test_info(capsys):
     assert main(["info"]) == 0
     printed = capsys.readouterr().out

@@ -7,7 +7,8 @@ their own dispatch key, so the dispatcher picks the fastest one that is there fo
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,12 +94,18 @@ def _no_plan(
 _library = torch.library.Library("gradstats", "DEF")
 for _schema in SCHEMAS:
     _library.define(_schema)
-_library.impl("gram", reference.gram, "CompositeExplicitAutograd")
-_library.impl("combine", reference.combine, "CompositeExplicitAutograd")
-_library.impl("gram_combine", _gram_then_combine, "CompositeExplicitAutograd")
-_library.impl("linear_gram", _linear_gram_by_parts, "CompositeExplicitAutograd")
-_library.impl("linear_gram_combine", _linear_gram_combine_by_parts, "CompositeExplicitAutograd")
-_library.impl("_plan_gram", _no_plan, "CompositeExplicitAutograd")
+    # No result requires grad, whatever the arguments do; cheaper for small problems than a context without grad.
+    _library.impl(_schema.split("(")[0], torch.library.fallthrough_kernel, "Autograd")
+_KERNELS: dict[str, Callable[..., Any]] = {
+    "gram": reference.gram,
+    "combine": reference.combine,
+    "gram_combine": _gram_then_combine,
+    "linear_gram": _linear_gram_by_parts,
+    "linear_gram_combine": _linear_gram_combine_by_parts,
+    "_plan_gram": _no_plan,
+}
+for _name, _kernel in _KERNELS.items():
+    _library.impl(_name, torch.no_grad()(_kernel), "CompositeExplicitAutograd")
 torch.library.register_fake("gradstats::gram", _gram_fake, lib=_library)
 torch.library.register_fake("gradstats::combine", _combine_fake, lib=_library)
 torch.library.register_fake("gradstats::gram_combine", _gram_combine_fake, lib=_library)
@@ -154,8 +161,7 @@ class GramPlan:
     def __call__(self) -> Tensor | None:
         """What :func:`gram` gives now; None if a tensor is no longer where it was, or has another layout or dtype."""
         if not self._number or torch.compiler.is_compiling():
-            with torch.no_grad():
-                return gram(*self._arguments)
+            return gram(*self._arguments)
         result: Tensor | None = torch.ops.gradstats._planned_gram(self._like, self._number)
         return result
 

@@ -56,6 +56,7 @@ _TRITON_KERNELS = {
 def _triton_kernel(name: str) -> Callable[..., Any]:
     """A kernel that is imported when it is first used: importing Triton takes long."""
 
+    @torch.no_grad()
     def kernel(*arguments: Any) -> Any:
         module = importlib.import_module(f"gradstats.ops.{_TRITON_KERNELS[name]}")
         return getattr(module, name)(*arguments)
