@@ -243,7 +243,7 @@ template <int C, bool kFew, class In, class Factor, int N>
   add_to_tile<false, kTile, C>(sum, tile);
 }
 
-// Asks for kBurst lines of each of the rows [first, last), or as many further on, those of one row after another.
+// Asks for kBurst lines of each of the rows [first, last), kStripPrefetchBytes on, those of one row after another.
 template <class In>
 [[gnu::always_inline]] inline void ask_for_bursts(const In* const* rows, int first, int last) {
 #pragma GCC unroll 8
@@ -254,7 +254,7 @@ template <class In>
 
 // Adds the products of kTile + C rows over kBurst lines to their sums, that of rows i <= j at j * (j + 1) / 2 + i. In
 // three tiles: the first rows among themselves, these with the last ones, and the last ones among themselves. Asks for
-// these very lines, or for those kStripPrefetchBytes further on, half of the rows at a time. Not inlined, where the
+// these very lines, or for those kStripPrefetchBytes on, half of the rows at a time. Not inlined, where the
 // compiler keeps all the addresses and runs out of registers.
 template <int C, class In, class Factor>
 [[gnu::noinline]] void add_strip_step(const void* const* rows, int64_t from, Vec<Sum<Factor>>* sums) {
