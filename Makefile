@@ -26,7 +26,7 @@ demo: $(VENV)/.with-demo  ## Train on overlaid digits; table and pictures in dem
 	$(BIN)/python examples/digits.py $(DEMO_ARGS)
 
 test: $(VENV)/.with-test  ## Run the tests
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
 
 gpu: $(VENV)/.with-test  ## Test, sanitize and time on a GPU, with a CUDA torch (PIP_ARGS, constraints.txt)
 	PYTHON=$(BIN)/python TEST_ARGS="$(TEST_ARGS)" BENCH_ARGS="$(BENCH_ARGS)" .ci/gpu $(GPU_STEPS)
