@@ -229,6 +229,82 @@ def bench_table(run: str, dtype: str, kind: str) -> str:
     return table(header, rows, markdown=True)
 
 
+#: Where ``bench`` has run on one CPU thread, by machine.
+CPU_RUNS = {"Zen 5": "cpu", "Emerald Rapids": "cpu_intel"}
+
+
+@dataclass(frozen=True)
+class CpuTarget:
+    """What ``pairwise`` should reach on one CPU thread.
+
+    Attributes:
+        what: The quantity and the cases that count.
+        least: The smallest value that is good.
+        counts: Whether a record of ``pairwise`` is one of these cases.
+        value: The quantity, from a case's records by method.
+    """
+
+    what: str
+    least: float
+    counts: Callable[[Cell], bool]
+    value: Callable[[Mapping[str, Cell]], float]
+
+
+def _of_read(case: Mapping[str, Cell]) -> float:
+    return float(case["pairwise"]["percent_of_read"])
+
+
+def _of_peak(case: Mapping[str, Cell]) -> float:
+    return float(case["pairwise"]["percent_of_peak"])
+
+
+def _beside_mm(case: Mapping[str, Cell]) -> float:
+    return float(case["mm, ready-made"]["milliseconds"] / case["pairwise"]["milliseconds"])
+
+
+def _is_large(record: Cell, dtype: str = "float32") -> bool:
+    return bool(record["dtype"] == dtype and record["entries"] >= 1e7)
+
+
+CPU_TARGETS = (
+    CpuTarget("% of reading, float32, T ≤ 8, P > 10⁷", 90, lambda r: _is_large(r) and r["num_tasks"] <= 8, _of_read),
+    CpuTarget("% of reading, float32, T = 16, P > 10⁷", 75, lambda r: _is_large(r) and r["num_tasks"] == 16, _of_read),
+    CpuTarget(
+        "% of peak, float32, T = 32 and 64, P ≥ 10⁶",
+        50,
+        lambda r: r["dtype"] == "float32" and r["entries"] >= 1e6 and r["num_tasks"] in (32, 64),
+        _of_peak,
+    ),
+    CpuTarget(
+        "% of reading, bfloat16, T ≤ 8, P > 10⁷",
+        70,
+        lambda r: _is_large(r, "bfloat16") and r["num_tasks"] <= 8,
+        _of_read,
+    ),
+    CpuTarget(
+        "ready-made `mm` / `pairwise`, T ≥ 4, P ≥ 10⁶",
+        1,
+        lambda r: r["entries"] >= 1e6 and r["num_tasks"] >= 4,
+        _beside_mm,
+    ),
+    CpuTarget("ready-made `mm` / `pairwise`, P = 10⁴", 0.5, lambda r: r["entries"] == 10_000, _beside_mm),
+)
+
+
+def bench_targets_table() -> str:
+    """Every target of ``pairwise`` on one CPU thread with the worst and the best case of each machine's run."""
+    rows = []
+    for target in CPU_TARGETS:
+        row = [target.what, f"≥ {target.least:g}"]
+        for run in CPU_RUNS.values():
+            timed = [case for case in bench_cases(run) if "milliseconds" in case["pairwise"]]
+            values = [target.value(case) for case in timed if target.counts(case["pairwise"])]
+            shown = f"{number(min(values))} … {number(max(values))}"
+            row.append(shown if min(values) >= target.least else f"**{shown}**")
+        rows.append(row)
+    return table(["target", "limit", *CPU_RUNS], rows, markdown=True)
+
+
 def taken(case: dict[str, Any], method: str) -> float | None:
     """Milliseconds; on a GPU of the replay of a graph, where there is one."""
     record = case.get(method, {})
@@ -398,7 +474,8 @@ for _experiment in ("tox21", "nyuv2"):
     TABLES[f"compare {_experiment}"] = functools.partial(compare_table, _experiment)
 for _run in ("cpu", "cuda"):
     TABLES[f"linear {_run}"] = functools.partial(linear_table, _run)
-for _run in ("cpu", "cpu_threads", "cuda"):
+TABLES["bench cpu targets"] = bench_targets_table
+for _run in ("cpu", "cpu_intel", "cpu_threads", "cuda"):
     TABLES[f"bench {_run} host"] = functools.partial(host_table, _run)
     for _dtype, _kind in itertools.product(("float32", "bfloat16"), ("flat", "lists")):
         TABLES[f"bench {_run} {_dtype} {_kind}"] = functools.partial(bench_table, _run, _dtype, _kind)

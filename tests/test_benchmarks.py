@@ -225,6 +225,34 @@ def test_targets():
     assert [(v.value, v.holds) for v in render.targets(found)] == [(0.219, True), (121.0, False)]
 
 
+def test_targets_of_pairwise_on_the_cpu(monkeypatch):
+    def case(entries, num_tasks, of_read, of_peak, dtype="float32"):
+        size = {"dtype": dtype, "list": "flat", "entries": entries, "num_tasks": num_tasks, "threads": 1}
+        ours = {"method": "pairwise", "milliseconds": 2.0, "percent_of_read": of_read, "percent_of_peak": of_peak}
+        return [size | ours, size | {"method": "mm, ready-made", "milliseconds": 3.0}]
+
+    cases = [
+        (2e7, 8, 91.0, 20.0),
+        (2e7, 2, 95.0, 9.0),
+        (2e7, 16, 74.0, 40.0),
+        (1e6, 64, 30.0, 51.0),
+        (1e4, 2, 9.0, 9.0),
+    ]
+    found = [*itertools.chain(*itertools.starmap(case, cases)), *case(2e7, 4, 69.0, 9.0, "bfloat16")]
+    monkeypatch.setattr(render, "load", lambda name: {"records": found})
+    monkeypatch.setattr(render, "CPU_RUNS", {"here": "cpu"})
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in render.bench_targets_table().splitlines()]
+    assert lines[0] == ["target", "limit", "here"]
+    assert [line[1:] for line in lines[2:]] == [
+        ["≥ 90", "91 … 95"],
+        ["≥ 75", "**74 … 74**"],
+        ["≥ 50", "51 … 51"],
+        ["≥ 70", "**69 … 69**"],
+        ["≥ 1", "1.5 … 1.5"],
+        ["≥ 0.5", "1.5 … 1.5"],
+    ]
+
+
 def test_only_what_stands_between_markers_is_rewritten():
     tables = {"a": lambda: "| new |", "b": lambda: "| other |"}
     text = "x\n<!-- table: a -->\nold\n<!-- end -->\ny <!-- table: b --><!-- end -->\nz"
