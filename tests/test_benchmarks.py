@@ -319,12 +319,16 @@ def test_rescaled_moments_are_those_of_longer_gradients(name):
 
 
 def test_weights_are_handed_over_in_all_ways(tmp_path, monkeypatch):
+    monkeypatch.setitem(handover.OPTIMIZERS, "SGD", (handover.OPTIMIZERS["SGD"][0], [1e-4]))
     monkeypatch.setitem(handover.OPTIMIZERS, "Adam", (torch.optim.Adam, [3e-3]))
     out = tmp_path / "handover.json"
-    handover.main(["--out", str(out), "--steps", "100", "--seeds", "1", "--optimizers", "Adam"])
+    handover.main(["--out", str(out), "--steps", "100", "--seeds", "1", "--optimizers", "SGD", "Adam"])
     found = json.loads(out.read_text())
-    records = {r["way"]: r["errors"] for r in found["records"]}
-    assert list(records) == [way.title for way in handover.WAYS]
+    by_sgd, records = (
+        {r["way"]: r["errors"] for r in found["records"] if r["optimizer"] == o} for o in ("SGD", "Adam")
+    )
+    assert list(by_sgd) == list(records) == [way.title for way in handover.WAYS]
+    assert len({str(errors) for errors in by_sgd.values()}) == len(by_sgd), "all ways differ"
     # Where the moments are rescaled with the weights, Adam does not see the weights' common scale: one training.
     rescaled = [errors[0] for way, errors in records.items() if "rescaled" in way]
     assert len(rescaled) == 3
