@@ -5,7 +5,8 @@
 #   PIP_ARGS   for pip; --extra-index-url https://download.pytorch.org/whl/cpu gets torch without CUDA on Linux
 #   OTHER_TORCH  the torch that `make abi` tests under
 #   GPU_STEPS  some of those of .ci/gpu, which does the same where nothing can be installed
-#   DEMO_ARGS  for examples/digits.py, such as "--seeds 1 --epochs 2"; TEST_ARGS for pytest ("-n 0": one process), BENCH_ARGS for gradstats bench
+#   DEMO_ARGS  for examples/digits.py, such as "--seeds 1 --epochs 2"; BENCH_ARGS for gradstats bench
+#   TEST_ARGS  for pytest, such as "-n 0" for one process
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -267,8 +267,8 @@ def _is_large(record: Cell, dtype: str = "float32") -> bool:
 
 
 CPU_TARGETS = (
-    CpuTarget("% of reading, float32, T ≤ 8, P > 10⁷", 90, lambda r: _is_large(r) and r["num_tasks"] <= 8, _of_read),
-    CpuTarget("% of reading, float32, T = 16, P > 10⁷", 75, lambda r: _is_large(r) and r["num_tasks"] == 16, _of_read),
+    CpuTarget("% of reading, float32, T ≤ 8, P ≥ 10⁷", 90, lambda r: _is_large(r) and r["num_tasks"] <= 8, _of_read),
+    CpuTarget("% of reading, float32, T = 16, P ≥ 10⁷", 75, lambda r: _is_large(r) and r["num_tasks"] == 16, _of_read),
     CpuTarget(
         "% of peak, float32, T = 32 and 64, P ≥ 10⁶",
         50,
@@ -276,7 +276,7 @@ CPU_TARGETS = (
         _of_peak,
     ),
     CpuTarget(
-        "% of reading, bfloat16, T ≤ 8, P > 10⁷",
+        "% of reading, bfloat16, T ≤ 8, P ≥ 10⁷",
         70,
         lambda r: _is_large(r, "bfloat16") and r["num_tasks"] <= 8,
         _of_read,
