@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -41,7 +42,7 @@ constexpr int64_t kPrefetchBytes = sizeof(In) < 8 ? 3072 : 1024;
 const int64_t kStripPrefetchBytes = is_intel() ? 1024 : 0;
 
 // Ranges of a parameter begin at multiples of it.
-constexpr int64_t kGrain = 256;
+constexpr int64_t kGrain = 768;
 
 struct Problem {
   std::vector<Walk> walks;
@@ -115,9 +116,6 @@ template <int kSide>
 Vector<float, 2> half(Vector<float, 4> v) {
   return Vector<float, 2>{v[2 * kSide], v[2 * kSide + 1]};
 }
-inline Vector<double, 2> totals(const Vector<double, 2> (&x)[2]) {
-  return Vector<double, 2>{x[0][0] + x[0][1], x[1][0] + x[1][1]};
-}
 #include "gram_kernel.h"
 #include "combine_kernel.h"
 #include "linear_gram_kernel.h"
@@ -146,10 +144,6 @@ template <int kSide>
 Vector<float, 4> half(Vector<float, 8> v) {
   return _mm256_extractf128_ps(v, kSide);
 }
-inline Vector<double, 4> totals(const Vector<double, 4> (&x)[4]) {
-  const __m256d a = _mm256_hadd_pd(x[0], x[1]), b = _mm256_hadd_pd(x[2], x[3]);
-  return _mm256_permute2f128_pd(a, b, 0x20) + _mm256_permute2f128_pd(a, b, 0x31);
-}
 #include "gram_kernel.h"
 #include "combine_kernel.h"
 #include "linear_gram_kernel.h"
@@ -168,16 +162,6 @@ inline Vector<double, 8> widen(Vector<float, 8> v) { return _mm512_maskz_cvtps_p
 template <int kSide>
 Vector<float, 8> half(Vector<float, 16> v) {
   return _mm512_maskz_extractf32x8_ps(0xff, v, kSide);
-}
-inline Vector<double, 8> add_pairs(Vector<double, 8> a, Vector<double, 8> b) {
-  return _mm512_maskz_unpacklo_pd(0xff, a, b) + _mm512_maskz_unpackhi_pd(0xff, a, b);
-}
-inline Vector<double, 8> add_blocks(Vector<double, 8> a, Vector<double, 8> b) {
-  return _mm512_maskz_shuffle_f64x2(0xff, a, b, 0x88) + _mm512_maskz_shuffle_f64x2(0xff, a, b, 0xdd);
-}
-inline Vector<double, 8> totals(const Vector<double, 8> (&x)[8]) {
-  return add_blocks(add_blocks(add_pairs(x[0], x[1]), add_pairs(x[2], x[3])),
-                    add_blocks(add_pairs(x[4], x[5]), add_pairs(x[6], x[7])));
 }
 // Adds two products to each sum, in a way that gives the same with x and y exchanged. Spelled out, since not every
 // processor with AVX-512 knows it.

@@ -1,31 +1,29 @@
 // The CPU kernel: included once per instruction set, inside a namespace that defines kVectorBytes, kTile (rows on each
-// side of a tile whose sums fit in registers), `widen` (16 to 32 and 32 to 64 bits), `half` of a vector and `totals` of
-// as many vectors as one has entries.
+// side of a tile whose sums fit in registers), `widen` (16 to 32 and 32 to 64 bits) and `half` of a vector.
 //
-// The products of all pairs of rows are added tile by tile, a few vectors of each row at a time, in one of two types:
+// The products of all pairs of rows are added tile by tile, a few vectors of each row at a time, a step. The lanes of a
+// tile's sums are then added up in registers, all sums side by side, and their totals kept in float64. The type of
+// products and sums is one of two:
 //
 // - float32, where many tasks have contiguous runs of float32, bfloat16 or float16. It does twice as many products
-//   at a time, but rounds: the terms of a step are added in registers, the sums of several steps in memory, and these
-//   are folded into float64 before a term has passed through more than kRoundings additions. That bounds the error of
-//   any sum by 1e-6 of the norms, and of constants by 3e-7. Rows of bfloat16 are multiplied as they are where the
-//   processor can do so: two terms a lane at a time, added and rounded one after the other.
+//   at a time, but rounds: no term passes through more than kRoundings additions before it is float64. That bounds the
+//   error of any sum by 1e-6 of the norms, and of constants by 3e-7. Rows of bfloat16 are multiplied as they are where
+//   the processor can do so: two terms a lane at a time, added and rounded one after the other.
 // - float64 for all else: float64 itself, few tasks, a metric, what is strided, missing or shorter than a step, and
 //   any chunk whose products leave the range of float32. Products of the narrower types are exact in it and in range.
 //
 // Every pair (i, j) sees the same operations in the same order wherever its tile lies, and the type depends on the set
 // of rows alone: permuting tasks permutes the result exactly.
 
-// Terms that a tile adds to each lane of its sums at a time, at most.
-constexpr int kStep = 8;
-// Additions that a term may pass through between two folds, those of its step and one for each step; each loses 2^-24.
+// Terms that a tile adds to each lane of its sums in a step.
+constexpr int kStep = 12;
+// Additions in float32 that a term may pass through; each loses 2^-24.
 constexpr int kRoundings = 16;
 // Lines of a row that are read one after another where the memory is the limit: it gives neighbours faster than one
 // line of each row in turn.
 constexpr int kBurst = 4;
-// Most rows for which the memory is the limit, not the arithmetic.
-constexpr int64_t kFewRows = 16;
-// Rows whose tiles stay in cache over a chunk, a group.
-constexpr int64_t kGroup = 16 * kTile;
+// Rows that stay in the first cache over a step, beside what is asked for meanwhile, a group.
+constexpr int64_t kGroup = std::min(16, 24576 / (kStep * kVectorBytes * kTile)) * kTile;
 
 template <class T>
 constexpr int64_t kLanes = kVectorBytes / sizeof(T);
@@ -37,21 +35,21 @@ using Vec = Vector<std::conditional_t<std::is_same_v<T, BFloat16>, uint16_t, T>,
 template <class T>
 constexpr int64_t kLine = 64 / sizeof(T);
 
-// Entries of each row that a tile multiplies before it is the next one's turn, a step. Of few rows it is short, so that
-// the memory is asked often.
-template <class In, class Factor, bool kFew>
-constexpr int64_t kStepEntries =
-    kFew ? std::min(kBurst * kLine<In>, kStep * kLanes<Sum<Factor>>) : kStep * kLanes<Sum<Factor>>;
+// Additions that add up the lanes of a sum, one for each halving.
+constexpr int kLevels = __builtin_ctzll(kLanes<float>);
+static_assert(kStep + kLevels <= kRoundings);
 
-// Most entries between two folds, a chunk, of steps of so many.
-template <class Acc>
-constexpr int64_t chunk_entries(int64_t step) {
-  return (kRoundings - step / kLanes<Acc>) * step;
-}
+// Entries of each row that a tile multiplies before it is the next one's turn.
+template <class Factor>
+constexpr int64_t kStepEntries = kStep * kLanes<Sum<Factor>>;
+
+// Entries of each row between two looks at whether float32 holds their products, a chunk: whole steps of any type.
+constexpr int64_t kChunk = 768;
+static_assert(kChunk % kStepEntries<float> == 0 && kChunk % kStepEntries<double> == 0);
 
 // Entries that are gathered in float64 before they are multiplied, and the distance of two rows of them: a line more,
 // so that they do not meet in the same cache sets.
-constexpr int64_t kGathered = 128, kGatheredStride = kGathered + kLine<double>;
+constexpr int64_t kGathered = 192, kGatheredStride = kGathered + kLine<double>;
 
 template <class V>
 V load_as(const void* from) {
@@ -160,19 +158,72 @@ void add_product(V& sum, const V& x, const V& y) {
   sum += x * y;
 }
 
-// Sums of the products of a tile's rows r and columns c; on the diagonal, of r <= c.
-template <class Acc>
-struct Tile {
-  Vec<Acc> sum[kTile][kTile];
-};
-
-template <bool kDiagonal, int R, int C, class Acc>
-void add_to_tile(const Vec<Acc> (*sum)[C], Tile<Acc>& tile) {
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = kDiagonal ? r : 0; c < C; ++c) tile.sum[r][c] += sum[r][c];
+// Each lane kFrom of `a` and then `b`.
+template <int... kFrom, class V>
+V select(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kFrom...);
+#else
+  using Index = std::conditional_t<sizeof(a[0]) == 4, int32_t, int64_t>;
+  return __builtin_shuffle(a, b, Vector<Index, sizeof...(kFrom)>{kFrom...});
+#endif
 }
+
+// Adds each lane to the one whose number differs in `kBit` alone. What `a` gives fills the lanes without that bit, what
+// `b` gives those with it.
+template <int kBit, class V, int... kLane>
+V add_lanes(V a, V b, std::integer_sequence<int, kLane...>) {
+  constexpr int N = sizeof...(kLane);
+  return select<(kLane & kBit ? N + kLane : kLane)...>(a, b) +
+         select<(kLane & kBit ? N + (kLane ^ kBit) : kLane ^ kBit)...>(a, b);
+}
+
+// The totals of N vectors, at most as many as one has lanes. The lanes of any of them are added in the same order.
+template <class Acc, int N, int kBit = kLanes<Acc> / 2>
+[[gnu::always_inline]] inline Vec<Acc> totals(Vec<Acc>* x) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes<Acc>>{};
+  constexpr int kLeft = std::min(N, kBit);
+#pragma GCC unroll 8
+  for (int k = 0; k < kLeft; ++k) x[k] = add_lanes<kBit>(x[k], x[k + kBit < N ? k + kBit : k], lanes);
+  if constexpr (kBit > 1) return totals<Acc, kLeft, kBit / 2>(x);
+  return x[0];
+}
+
+// Adds the totals of N sums to `to`, which ends with a whole vector.
+template <class Acc, int N>
+[[gnu::always_inline]] inline void add_totals(Vec<Acc>* sums, double* to) {
+  constexpr int kOnce = std::min<int>(N, kLanes<Acc>);
+  const Vec<Acc> x = totals<Acc, kOnce>(sums);
+  if constexpr (std::is_same_v<Acc, double>) {
+    add_to(to, x);
+  } else {
+    add_to(to, widen(half<0>(x)));
+    if constexpr (kOnce > kLanes<double>) add_to(to + kLanes<double>, widen(half<1>(x)));
+  }
+  if constexpr (N > kOnce) add_totals<Acc, N - kOnce>(sums + kOnce, to + kOnce);
+}
+
+// So many totals, rounded up to whole vectors.
+constexpr int64_t padded(int64_t num_sums) {
+  return (num_sums + kLanes<double> - 1) / kLanes<double> * kLanes<double>;
+}
+
+// Totals of a tile: that of row r and column c at c * kTile + r; on the diagonal, of r <= c.
+constexpr int64_t kTileSums = padded(kTile * kTile);
+
+template <class Acc, int R, int C>
+[[gnu::always_inline]] inline void add_to_tile(const Vec<Acc> (&sum)[C][R], double* tile) {
+  Vec<Acc> sums[C * kTile] = {};
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sums[c * kTile + r] = sum[c][r];
+  add_totals<Acc, C * kTile>(sums, tile);
+}
+
+// Bytes ahead of a tile that rows are asked for, whole steps of any type.
+constexpr int64_t kAheadBytes = 768;
+static_assert(kAheadBytes % (kStep * kVectorBytes) == 0);
 
 // Lines of N rows that a tile asks for while it multiplies: memory should never wait for the arithmetic.
 template <class In, int N>
@@ -189,45 +240,42 @@ struct Ahead {
 template <int J, int R, class Factor, class In, class Keep, int N>
 [[gnu::always_inline]] inline void add_diagonal_tile(const void* const* rows, int64_t from, int64_t count,
                                                      const Keep& keep, const Ahead<In, N>& ahead,
-                                                     Tile<Sum<Factor>>& tile) {
+                                                     double* tile) {
   const In* in[R];
   Vec<Sum<Factor>> sum[R][R] = {};
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) in[r] = static_cast<const In*>(rows[J + r]) + from;
 #pragma GCC unroll 4
-  for (int64_t line = 0; line < count; line += kLine<In>) {
-    ahead.ask(line);
-#pragma GCC unroll 2
-    for (int64_t k = line; k < line + kLine<In>; k += kLanes<Factor>) {
-      Vec<Factor> x[R];
+  for (int64_t k = 0; k < count; k += kLanes<Factor>) {
+    if (k % kLine<In> == 0) ahead.ask(k);
+    Vec<Factor> x[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        x[r] = load<Factor>(in[r] + k);
-        keep(r, k, x[r]);
+    for (int r = 0; r < R; ++r) {
+      x[r] = load<Factor>(in[r] + k);
+      keep(r, k, x[r]);
 #pragma GCC unroll 8
-        for (int c = 0; c <= r; ++c) add_product(sum[c][r], x[c], x[r]);
-      }
+      for (int c = 0; c <= r; ++c) add_product(sum[r][c], x[c], x[r]);
     }
   }
-  add_to_tile<true, R, R>(sum, tile);
+  add_to_tile<Sum<Factor>>(sum, tile);
 }
 
 // As add_diagonal_tile, of a step, and keeps the rows in `block` for other tiles.
-template <int J, int R, bool kFew, class In, class Factor, int N>
+template <int J, int R, class In, class Factor, int N>
 [[gnu::noinline]] void add_and_keep(const void* const* rows, int64_t from, Factor* block, const Ahead<In, N>& ahead,
-                                    Tile<Sum<Factor>>& tile) {
-  constexpr int64_t kStride = kStepEntries<In, Factor, kFew>;
+                                    double* tile) {
+  constexpr int64_t kStride = kStepEntries<Factor>;
   const auto keep = [&](int r, int64_t k, const Vec<Factor>& x) { store(block + (J + r) * kStride + k, x); };
   add_diagonal_tile<J, R, Factor>(rows, from, kStride, keep, ahead, tile);
 }
 
 // Adds the products of kTile kept rows at `a` with C kept rows at `b`.
-template <int C, bool kFew, class In, class Factor, int N>
+template <int C, class In, class Factor, int N>
 [[gnu::noinline]] void add_tile(const Factor* a, const Factor* b, const Ahead<In, N>& ahead,
-                                Tile<Sum<Factor>>& tile) {
-  constexpr int64_t kStride = kStepEntries<In, Factor, kFew>;
-  Vec<Sum<Factor>> sum[kTile][C] = {};
-#pragma GCC unroll 1
+                                double* tile) {
+  constexpr int64_t kStride = kStepEntries<Factor>;
+  Vec<Sum<Factor>> sum[C][kTile] = {};
+#pragma GCC unroll 4
   for (int64_t k = 0; k < kStride; k += kLanes<Factor>) {
     if (k % kLine<In> == 0) ahead.ask(k);
     Vec<Factor> x[kTile];
@@ -237,10 +285,10 @@ template <int C, bool kFew, class In, class Factor, int N>
     for (int c = 0; c < C; ++c) {
       const Vec<Factor> y = load<Factor>(b + c * kStride + k);
 #pragma GCC unroll 8
-      for (int r = 0; r < kTile; ++r) add_product(sum[r][c], x[r], y);
+      for (int r = 0; r < kTile; ++r) add_product(sum[c][r], x[r], y);
     }
   }
-  add_to_tile<false, kTile, C>(sum, tile);
+  add_to_tile<Sum<Factor>>(sum, tile);
 }
 
 // Asks for kBurst lines of each of the rows [first, last), kStripPrefetchBytes on, those of one row after another.
@@ -342,7 +390,7 @@ Ahead<In, N> ahead_of(const void* const* rows, int64_t from) {
 
 // Adds the products of rows that a single tile holds.
 template <class In>
-void add_alone(const void* const* rows, int64_t num_rows, int64_t from, int64_t count, Tile<double>& tile) {
+void add_alone(const void* const* rows, int64_t num_rows, int64_t from, int64_t count, double* tile) {
   with_width(num_rows, [&](auto width) {
     constexpr int C = decltype(width)::value;
     const auto drop = [](int, int64_t, const Vec<double>&) {};
@@ -351,17 +399,23 @@ void add_alone(const void* const* rows, int64_t num_rows, int64_t from, int64_t 
   });
 }
 
-// The rows of a group's next step, shared among its tiles: one or two for each, until all are asked for.
+// The rows of a later step, shared out evenly among the tiles of this one: at most two for each.
 template <class In>
-struct NextRows {
+struct RowsAhead {
   const void* const* rows;
-  int64_t num_rows, from, share = num_rows > num_tiles(num_rows) ? 2 : 1, asked = 0;
+  int64_t from = 0;
+  uint64_t share, shared = 0;  // of rows, in units of 2^-32
 
-  const In* row(int64_t r) const { return static_cast<const In*>(rows[std::min(r, num_rows - 1)]) + from; }
+  RowsAhead(const void* const* rows, int64_t num_rows, int64_t num_tiles)
+      : rows(rows), share(((uint64_t(num_rows) << 32) + num_tiles - 1) / num_tiles) {}
 
-  Ahead<In, 2> operator()() {
-    asked += share;
-    return {row(asked - share), row(asked - 1)};
+  void begin(int64_t entry) { from = entry, shared = 0; }
+
+  const In* row(uint64_t r) const { return static_cast<const In*>(rows[r]) + from; }
+
+  Ahead<In, 2> next() {
+    const uint64_t first = shared >> 32, end = (shared += share) >> 32;
+    return {row(first), row(std::max(first + 1, end) - 1)};
   }
 };
 
@@ -381,32 +435,25 @@ void add_strip(const void* const* rows, int64_t from, int64_t count, Vec<Sum<Fac
 }
 
 // Adds the products of a step of rows [J, J + C) with themselves and with those before to their tiles, and keeps the
-// rows in `block`. Few rows are asked for by the tile that reads them, three steps ahead; many by all tiles in turn.
-// Every J has code of its own: the processor foresees what a load will read by where the load stands in the program.
-template <bool kFew, int J, int C, class In, class Factor>
-void add_column(const void* const* rows, int64_t from, Factor* block, NextRows<In>& next, Tile<Sum<Factor>>* tile) {
-  constexpr int64_t kStride = kStepEntries<In, Factor, kFew>;
-  const auto add = [&](const auto& ahead_of_diagonal, const auto& ahead_of_other) {
-    add_and_keep<J, C, kFew>(rows, from, block, ahead_of_diagonal(), *tile++);
-    for (int64_t i = 0; i < J; i += kTile)
-      add_tile<C, kFew>(block + i * kStride, block + J * kStride, ahead_of_other(), *tile++);
-  };
-  if constexpr (kFew)
-    add([&] { return ahead_of<C, In>(rows + J, from + 3 * kStride); }, [] { return Ahead<In, 0>{}; });
-  else
-    add([&] { return next(); }, [&] { return next(); });
+// rows in `block`. Every J has code of its own: the processor foresees what a load will read by where the load stands
+// in the program.
+template <int J, int C, class In, class Factor>
+void add_column(const void* const* rows, int64_t from, Factor* block, RowsAhead<In>& ahead, double* tile) {
+  constexpr int64_t kStride = kStepEntries<Factor>;
+  add_and_keep<J, C>(rows, from, block, ahead.next(), tile);
+  for (int64_t i = 0; i < J; i += kTile)
+    add_tile<C>(block + i * kStride, block + J * kStride, ahead.next(), tile += kTileSums);
 }
 
 // Adds the products of a step of a group's rows to its tiles, and keeps the rows in `block`.
-template <bool kFew, class In, class Factor, int... kColumns>
-void add_group(const void* const* rows, int64_t num_rows, int64_t from, Factor* block, Tile<Sum<Factor>>* tiles,
-               std::integer_sequence<int, kColumns...>) {
-  NextRows<In> next{rows, num_rows, from + kStepEntries<In, Factor, kFew>};
+template <class In, class Factor, int... kColumns>
+void add_group(const void* const* rows, int64_t num_rows, int64_t from, Factor* block, RowsAhead<In>& ahead,
+               double* tiles, std::integer_sequence<int, kColumns...>) {
   const auto add = [&](auto column) {
     constexpr int J = decltype(column)::value * kTile;
     if (J >= num_rows) return false;
     with_width(num_rows - J, [&](auto width) {
-      add_column<kFew, J, decltype(width)::value>(rows, from, block, next, tiles + num_tiles(J));
+      add_column<J, decltype(width)::value>(rows, from, block, ahead, tiles + num_tiles(J) * kTileSums);
     });
     return true;
   };
@@ -416,25 +463,13 @@ void add_group(const void* const* rows, int64_t num_rows, int64_t from, Factor* 
 // Adds the products of a step of the rows at `a`, a whole group, with those of another group at `b`. Returns the end
 // of the tiles.
 template <class In, class Factor>
-Tile<Sum<Factor>>* add_groups(const Factor* a, const Factor* b, int64_t num_rows, Tile<Sum<Factor>>* tile) {
-  constexpr int64_t kStride = kStepEntries<In, Factor, false>;
+double* add_groups(const Factor* a, const Factor* b, int64_t num_rows, RowsAhead<In>& ahead, double* tile) {
+  constexpr int64_t kStride = kStepEntries<Factor>;
   for_each_width(num_rows, [&](int64_t j, auto width) {
-    for (int64_t i = 0; i < kGroup; i += kTile)
-      add_tile<decltype(width)::value, false>(a + i * kStride, b + j * kStride, Ahead<In, 0>{}, *tile++);
+    for (int64_t i = 0; i < kGroup; i += kTile, tile += kTileSums)
+      add_tile<decltype(width)::value>(a + i * kStride, b + j * kStride, ahead.next(), tile);
   });
   return tile;
-}
-
-// The totals of as many vectors of sums in float32 as one of float64 has entries, and clears them. Two lanes of float32
-// are added before they become one of float64: exactly, where they are alike.
-inline Vec<double> take_totals(Vec<float>* sums) {
-  Vec<double> x[kLanes<double>];
-#pragma GCC unroll 8
-  for (int k = 0; k < kLanes<double>; ++k) {
-    x[k] = widen(half<0>(sums[k]) + half<1>(sums[k]));
-    sums[k] = Vec<float>{};
-  }
-  return totals(x);
 }
 
 template <class In>
@@ -452,13 +487,6 @@ bool is_zero(const In* row, int64_t count) {
 template <class In>
 bool in_range(double square, const In* row, int64_t count) {
   return square <= 0x1p100 && (square >= 0x1p-90 || is_zero(row, count));
-}
-
-constexpr int64_t kTileSums = kTile * kTile;
-
-// So many sums, rounded up to what take_totals takes at once.
-constexpr int64_t padded(int64_t num_sums) {
-  return (num_sums + kLanes<double> - 1) / kLanes<double> * kLanes<double>;
 }
 
 // Where the sums lie: the tiles of each group with itself, one group after another and column by column with the tile
@@ -483,28 +511,29 @@ struct Layout {
   }
   // The sum of rows i <= j.
   int64_t sum(int64_t i, int64_t j) const {
-    return is_strip(num_tasks) ? j * (j + 1) / 2 + i : tile(i, j) * kTileSums + i % kTile * kTile + j % kTile;
+    return is_strip(num_tasks) ? j * (j + 1) / 2 + i : tile(i, j) * kTileSums + j % kTile * kTile + i % kTile;
   }
 };
 
-// Adds the products of a chunk of kTile + C rows to the totals of all chunks. False: float32 cannot hold them, and
-// nothing was added. So few totals stay in registers, and the memory hardly has to wait for them.
+// Entries that a strip adds up before their totals are float64: as many steps as kRoundings leaves.
+template <class Acc, class In>
+constexpr int64_t kStripChunk = (kRoundings - kLevels - kBurst * kLine<In> / kLanes<Acc>) * kBurst * kLine<In>;
+
+// Adds the products of a chunk of kTile + C rows to `totals`. False: float32 cannot hold them, and nothing was added.
+// So few sums stay in cache, and the memory hardly has to wait for them.
 template <int C, class In, class Factor>
-[[gnu::noinline]] bool add_strip_chunk(const void* const* rows, int64_t from, int64_t count, Vec<float>* sums,
-                                       double* totals) {
-  constexpr int R = kTile + C, kVectors = padded(R * (R + 1) / 2) / kLanes<double>;
+[[gnu::noinline]] bool add_strip_chunk(const void* const* rows, int64_t from, int64_t count, double* totals) {
+  constexpr int R = kTile + C, kNumSums = R * (R + 1) / 2;
+  Vec<Sum<Factor>> sums[kNumSums] = {};
   add_strip<C, In, Factor>(rows, from, count, sums);
-  Vec<double> chunk[kVectors];
-#pragma GCC unroll 16
-  for (int k = 0; k < kVectors; ++k) chunk[k] = take_totals(sums + k * kLanes<double>);
+  double chunk[padded(kNumSums)] = {};
+  add_totals<Sum<Factor>, kNumSums>(sums, chunk);
+  if constexpr (std::is_same_v<Sum<Factor>, float>)
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    const int64_t k = Layout{R}.sum(r, r);
-    const double square = chunk[k / kLanes<double>][k % kLanes<double>];
-    if (!in_range(square, static_cast<const In*>(rows[r]) + from, count)) return false;
-  }
+    for (int r = 0; r < R; ++r)
+      if (!in_range(chunk[Layout{R}.sum(r, r)], static_cast<const In*>(rows[r]) + from, count)) return false;
 #pragma GCC unroll 16
-  for (int k = 0; k < kVectors; ++k) add_to(totals + k * kLanes<double>, chunk[k]);
+  for (int64_t k = 0; k < kNumSums; k += kLanes<double>) add_to(totals + k, load<double>(chunk + k));
   return true;
 }
 
@@ -516,9 +545,9 @@ void combine(const Problem& problem, int64_t k, int64_t from, int64_t stop);
 // Entries of a parameter that stay in cache from their products to their weighted sums.
 inline int64_t span_entries(DType dtype, int64_t num_tasks) {
   constexpr int64_t kSpanBytes = 1 << 16;
-  // Whole chunks, of the short steps of few rows as well: a parameter may be cut there without another sum.
-  const int64_t chunks = (num_tasks <= kFewRows ? 3 : 1) * chunk_entries<float>(kStep * kLanes<float>);
-  return std::max<int64_t>(1, kSpanBytes / (num_tasks * element_size(dtype) * chunks)) * chunks;
+  // Whole chunks, however many rows there are: a parameter may be cut there without another sum.
+  constexpr int64_t kChunks = std::lcm(kChunk, kStripChunk<float, float>);
+  return std::max<int64_t>(1, kSpanBytes / (num_tasks * element_size(dtype) * kChunks)) * kChunks;
 }
 
 // Rows of bfloat16 are multiplied as BFloat16Factor.
@@ -527,100 +556,74 @@ struct Slot {
   const Problem& problem;
   int64_t num_tasks = problem.num_tasks;
   Layout layout{num_tasks};
-  int64_t kept_steps = layout.has_groups() ? kRoundings - kStep : 1;  // rows are kept over a chunk where several groups need them
-  Buffer block = allocate(num_tasks * kept_steps * kStep * kVectorBytes);
+  Buffer block = allocate(num_tasks * kStep * kVectorBytes);  // the rows of a step
   Buffer gathered = allocate((num_tasks + 1) * kGatheredStride * sizeof(double));  // then the roots of the metric
-  // Of the chunk: sums in float32, enough for the tiles of any two groups, too; then their totals.
-  Buffer chunk_sums = allocate(padded(layout.own_tiles() * kTileSums) * sizeof(Vec<float>));
-  Buffer chunk_totals = allocate(padded(layout.own_tiles() * kTileSums) * sizeof(double));
-  // Of all chunks in float32, and of all that is added in float64, once there is any.
+  Buffer chunk_totals = allocate(layout.own_tiles() * kTileSums * sizeof(double));  // of products in float32
   Buffer all_totals = allocate(layout.tiles() * kTileSums * sizeof(double));
-  Buffer all_sums;
   int64_t filled = 0;  // columns gathered
 
   explicit Slot(const Problem& problem) : problem(problem) {}
 
-  bool has_few_rows() const { return num_tasks <= kFewRows; }
   double* totals() const { return static_cast<double*>(all_totals.get()); }
-  Tile<double>* sum_tiles() {
-    if (all_sums == nullptr) all_sums = allocate(layout.tiles() * sizeof(Tile<double>));
-    return static_cast<Tile<double>*>(all_sums.get());
-  }
 
-  // Takes the totals of the chunk's tiles, the first so many.
-  const double* take_chunk(int64_t num_tiles) {
-    Vec<float>* const sums = static_cast<Vec<float>*>(chunk_sums.get());
-    double* const to = static_cast<double*>(chunk_totals.get());
-    for (int64_t k = 0; k < num_tiles * kTileSums; k += kLanes<double>) store(to + k, take_totals(sums + k));
-    return to;
-  }
-
-  static void add_totals(const double* __restrict from, int64_t num_tiles, double* __restrict to) {
-    for (int64_t k = 0; k < num_tiles * kTileSums; ++k) to[k] += from[k];
-  }
-
-  // As add_products, of rows that a strip holds.
-  template <int C, class In, class Factor>
-  bool add_strip_products(const void* const* rows, int64_t from, int64_t count) {
-    if constexpr (std::is_same_v<Sum<Factor>, float>)
-      return add_strip_chunk<C, In, Factor>(rows, from, count, static_cast<Vec<float>*>(chunk_sums.get()), totals());
-    add_strip<C, In, double>(rows, from, count, &sum_tiles()->sum[0][0]);
-    return true;
+  // Most entries of a chunk. Where groups need each other's rows it is the step that is kept.
+  template <class In, class Factor>
+  int64_t chunk_entries() const {
+    if (is_strip(num_tasks)) return kStripChunk<Sum<Factor>, In>;
+    return layout.has_groups() ? kStepEntries<Factor> : kChunk;
   }
 
   // Adds the products of entries [from, from + count) of all rows, at most a chunk. False: float32 cannot hold them
   // and nothing was added.
   template <class In, class Factor>
   bool add_products(const void* const* rows, int64_t from, int64_t count) {
-    if (!is_strip(num_tasks))
-      return has_few_rows() ? add_tile_products<true, In, Factor>(rows, from, count)
-                            : add_tile_products<false, In, Factor>(rows, from, count);
+    if (!is_strip(num_tasks)) return add_tile_products<In, Factor>(rows, from, count);
 
     bool added = false;
     with_width(num_tasks - kTile, [&](auto width) {
-      added = add_strip_products<decltype(width)::value, In, Factor>(rows, from, count);
+      added = add_strip_chunk<decltype(width)::value, In, Factor>(rows, from, count, totals());
     });
     return added;
   }
 
   // As add_products, of rows that no strip holds.
-  template <bool kFew, class In, class Factor>
+  template <class In, class Factor>
   bool add_tile_products(const void* const* rows, int64_t from, int64_t count) {
-    using Acc = Sum<Factor>;
-    constexpr bool kFolds = std::is_same_v<Acc, float>;
-    constexpr int64_t kStride = kStepEntries<In, Factor, kFew>;
-    Tile<Acc>* const tiles = static_cast<Tile<Acc>*>(kFolds ? chunk_sums.get() : sum_tiles());
-    // Where the rows from g on lie, of the step at k.
-    const auto kept = [&](int64_t g, int64_t k) {
-      return reinterpret_cast<Factor*>(block.get()) + (layout.has_groups() ? num_tasks * k : 0) + g * kStride;
-    };
-
-    Tile<Acc>* tile = tiles;
-    for (int64_t g = 0; g < num_tasks; g += kGroup) {
-      const int64_t num_rows = std::min(kGroup, num_tasks - g);
-      constexpr auto columns = std::make_integer_sequence<int, ((kFew ? kFewRows : kGroup) + kTile - 1) / kTile>{};
-      for (int64_t k = 0; k < count; k += kStride)
-        add_group<kFew, In>(rows + g, num_rows, from + k, kept(g, k), tile, columns);
-      tile += num_tiles(num_rows);
-    }
-    if constexpr (kFolds) {
-      const double* const chunk = take_chunk(layout.own_tiles());
-      for (int64_t t = 0; t < num_tasks; ++t)
-        if (!in_range(chunk[layout.sum(t, t)], static_cast<const In*>(rows[t]) + from, count)) return false;
-      add_totals(chunk, layout.own_tiles(), totals());
-    }
-
-    int64_t first = layout.own_tiles();
-    for (int64_t h = kGroup; h < num_tasks; h += kGroup)
-      for (int64_t g = 0; g < h; g += kGroup) {
-        Tile<Acc>* const begin = kFolds ? tiles : tiles + first;
-        Tile<Acc>* end = begin;
-        for (int64_t k = 0; k < count; k += kStride)
-          end = add_groups<In>(kept(g, k), kept(h, k), std::min(kGroup, num_tasks - h), begin);
-        if constexpr (kFolds) add_totals(take_chunk(end - begin), end - begin, totals() + first * kTileSums);
-        first += end - begin;
+    constexpr bool kChecks = std::is_same_v<Sum<Factor>, float>;
+    constexpr int64_t kStride = kStepEntries<Factor>;
+    double* const own = kChecks ? static_cast<double*>(chunk_totals.get()) : totals();
+    Factor* const kept = reinterpret_cast<Factor*>(block.get());
+    RowsAhead<In> ahead(rows, num_tasks, layout.tiles());
+    for (int64_t k = from; k < from + count; k += kStride) {
+      ahead.begin(k + kAheadBytes / sizeof(In));
+      double* tile = own;
+      for (int64_t g = 0; g < num_tasks; g += kGroup) {
+        const int64_t num_rows = std::min(kGroup, num_tasks - g);
+        constexpr auto columns = std::make_integer_sequence<int, kGroup / kTile>{};
+        add_group(rows + g, num_rows, k, kept + g * kStride, ahead, tile, columns);
+        tile += num_tiles(num_rows) * kTileSums;
       }
+    }
+    if constexpr (kChecks) {
+      bool held = true;
+      for (int64_t t = 0; t < num_tasks && held; ++t)
+        held = in_range(own[layout.sum(t, t)], static_cast<const In*>(rows[t]) + from, count);
+      take_chunk(held);
+      if (!held) return false;
+    }
+    double* tile = totals() + layout.own_tiles() * kTileSums;
+    for (int64_t h = kGroup; h < num_tasks; h += kGroup)
+      for (int64_t g = 0; g < h; g += kGroup)
+        tile = add_groups(kept + g * kStride, kept + h * kStride, std::min(kGroup, num_tasks - h), ahead, tile);
     return true;
+  }
+
+  // Clears the totals of the chunk, and adds them to those of all if they are any good.
+  void take_chunk(bool held) {
+    double* const chunk = static_cast<double*>(chunk_totals.get());
+    const int64_t num_sums = layout.own_tiles() * kTileSums;
+    for (int64_t k = 0; k < num_sums && held; k += kLanes<double>) add_to(totals() + k, load<double>(chunk + k));
+    std::fill_n(chunk, num_sums, 0.0);
   }
 
   // Adds whole steps of a parameter whose rows are runs, straight from where they lie. Returns where they end.
@@ -631,15 +634,14 @@ struct Slot {
     if (num_tasks <= kTile) {
       stop -= (stop - from) % kGathered;
       for (int64_t count; from < stop; from += count) {
-        count = std::min(chunk_entries<double>(kStep * kLanes<double>), stop - from);
-        add_alone<In>(rows, num_tasks, from, count, *sum_tiles());
+        count = std::min(kChunk, stop - from);
+        add_alone<In>(rows, num_tasks, from, count, totals());
       }
       return from;
     }
-    const int64_t step = has_few_rows() ? kStepEntries<In, Factor, true> : kStepEntries<In, Factor, false>;
-    stop -= (stop - from) % step;
+    stop -= (stop - from) % (is_strip(num_tasks) ? kBurst * kLine<In> : kStepEntries<Factor>);
     for (int64_t count; from < stop; from += count) {
-      count = std::min(chunk_entries<Sum<Factor>>(step), stop - from);
+      count = std::min(chunk_entries<In, Factor>(), stop - from);
       if (!add_products<In, Factor>(rows, from, count)) gather(walk, from, count);
     }
     return from;
@@ -683,7 +685,7 @@ struct Slot {
   double* gathered_row(int64_t t) const { return reinterpret_cast<double*>(gathered.get()) + t * kGatheredStride; }
 
   void add_gathered() {
-    constexpr int64_t kMultiple = std::max(kBurst * kLine<double>, kStep * kLanes<double>);  // any whole step
+    constexpr int64_t kMultiple = std::lcm(kBurst * kLine<double>, kStepEntries<double>);  // any whole step
     const int64_t count = (filled + kMultiple - 1) / kMultiple * kMultiple;
     std::vector<const void*> rows(num_tasks);
     for (int64_t t = 0; t < num_tasks; ++t) {
@@ -691,8 +693,9 @@ struct Slot {
       rows[t] = gathered_row(t);
     }
     filled = 0;
-    if (num_tasks <= kTile) return add_alone<double>(rows.data(), num_tasks, 0, count, *sum_tiles());
-    add_products<double, double>(rows.data(), 0, count);
+    if (num_tasks <= kTile) return add_alone<double>(rows.data(), num_tasks, 0, count, totals());
+    for (int64_t k = 0; k < count; k += chunk_entries<double, double>())
+      add_products<double, double>(rows.data(), k, std::min(chunk_entries<double, double>(), count - k));
   }
 
   // Adds entries [begin, end) of the concatenated parameters, and combines them.
@@ -714,13 +717,8 @@ struct Slot {
   // Writes the sums of all pairs (i, j), i <= j, row by row.
   void finish(double* out) {
     if (filled > 0) add_gathered();
-    const Vec<double>* const sums = static_cast<Vec<double>*>(all_sums.get());
     for (int64_t i = 0; i < num_tasks; ++i)
-      for (int64_t j = i; j < num_tasks; ++j, ++out) {
-        const int64_t k = layout.sum(i, j);
-        *out = totals()[k];
-        for (int lane = 0; sums != nullptr && lane < kLanes<double>; ++lane) *out += sums[k][lane];
-      }
+      for (int64_t j = i; j < num_tasks; ++j) *out++ = totals()[layout.sum(i, j)];
   }
 };
 
