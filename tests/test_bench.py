@@ -123,6 +123,10 @@ def few_calls(monkeypatch, one_thread):
     monkeypatch.setattr(measure, "_FLUSHED", 0)
 
 
+def eager_methods():
+    return {name: method for name, method in methods.METHODS.items() if not method.compiled}
+
+
 def test_a_method_that_raises_is_absent_with_its_reason(monkeypatch, few_calls):
     def refuse(gradients):
         if gradients.matrix.numel() > 3:
@@ -130,7 +134,7 @@ def test_a_method_that_raises_is_absent_with_its_reason(monkeypatch, few_calls):
         return gradients.matrix
 
     monkeypatch.setitem(methods.METHODS, "stack(cat) @ .T", methods.Method(refuse))
-    records = {r["method"]: r for r in measure.measure_case(case(), seconds=0.0, compiled=False, fits=True)}
+    records = {r["method"]: r for r in measure.measure_case(case(), eager_methods(), seconds=0.0, fits=True)}
     absent = records.pop("stack(cat) @ .T")
     assert absent["absent"] == "NotImplementedError: not built yet"
     assert "milliseconds" not in absent
@@ -139,7 +143,7 @@ def test_a_method_that_raises_is_absent_with_its_reason(monkeypatch, few_calls):
 
 def test_without_compiled_limits_there_are_no_shares(monkeypatch, few_calls):
     monkeypatch.setattr(limits, "available", lambda device_type: False)
-    records = measure.measure_case(case(), seconds=0.0, compiled=False, fits=True)
+    records = measure.measure_case(case(), eager_methods(), seconds=0.0, fits=True)
     assert records[0]["method"] == "pairwise"
     assert all("gigaflops_per_second" in r and not any(key.startswith("percent") for key in r) for r in records)
 
@@ -166,14 +170,23 @@ def test_graphs_of_calls_that_take_much_memory_are_not_kept(monkeypatch):
 
 
 def test_a_case_that_does_not_fit_after_all_leaves_the_host_cost(monkeypatch, few_calls, capsys):
-    def measure_case(case, *, fits, **options):
+    def measure_case(case, methods, *, seconds, fits):
         if fits:
             raise torch.OutOfMemoryError
-        return measure.measure_case(case, fits=fits, **options)
+        return measure.measure_case(case, methods, seconds=seconds, fits=fits)
 
     monkeypatch.setattr(bench, "measure_case", measure_case)
     assert main(["bench", "--quick", "--tasks", "2", "--entries", "100", "--dtypes", "float32"]) == 0
     assert "host cost alone" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_only_the_named_methods_are_timed_beside_the_limits(few_calls, tmp_path):
+    sizes = ["--tasks", "2", "--entries", "100", "--lists", "--dtypes", "float32", "--seconds", "0"]
+    files = ["--out", str(tmp_path / "results.json")]
+    assert main(["bench", "--device", "cpu", *sizes, *files, "--methods", "mm, ready-made", "pairwise"]) == 0
+    records = json.loads((tmp_path / "results.json").read_text())["records"]
+    assert [r["method"] for r in records if "host_microseconds" in r] == ["pairwise", "mm, ready-made"]
+    assert {r["method"] for r in records} - {"pairwise", "mm, ready-made"} <= {"read", "read ahead", "multiply-add"}
 
 
 def test_shares_are_of_the_limits_in_the_same_rounds():
@@ -323,6 +336,7 @@ def rows_of(table):
         (["--tasks", "0"], 2, "expected a positive whole number, got '0'"),
         (["--entries", "1e-3"], 2, "expected a positive whole number, got '1e-3'"),
         (["--lists", "alexnet"], 2, "invalid choice: 'alexnet'"),
+        (["--methods", "guess"], 2, "invalid choice: 'guess'"),
         (["--tasks", "2", "--entries", "--lists", "--picture", "roofline.png"], 1, "--picture: expected flat"),
         pytest.param(
             ["--device", "cuda"],

@@ -19,6 +19,7 @@ import torch
 from gradstats import ops
 from gradstats.bench.machine import available_bytes, describe
 from gradstats.bench.measure import Case, Record, measure_case
+from gradstats.bench.methods import METHODS
 from gradstats.bench.shapes import MODELS
 from gradstats.bench.show import case_table, rooflines
 from gradstats.ops import limits
@@ -49,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_count, nargs="+", default=[torch.get_num_threads()], help="of the CPU (all)")
     parser.add_argument("--memory", type=float, metavar="GB", help="what needs more is not timed")
     parser.add_argument("--seconds", type=float, help="for the rounds of a case; five at least (2)")
+    usual = [name for name, method in METHODS.items() if not method.compiled]
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=usual, help="what to time (all but compiled)")
     parser.add_argument("--compile", action="store_true", help="what torch.compile makes of loops, too (slow)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all records as JSON")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw rooflines as .png, .svg or .pdf")
@@ -91,9 +94,10 @@ def run(options: argparse.Namespace) -> str:
 
 def _measured(case: Case, options: argparse.Namespace, fits: bool) -> list[Record]:
     """The records of a case; if the memory of a GPU does not do after all, those of what does not fit."""
+    methods = {n: m for n, m in METHODS.items() if n in options.methods or (options.compile and m.compiled)}
     with contextlib.suppress(torch.OutOfMemoryError):
-        return measure_case(case, seconds=options.seconds, compiled=options.compile, fits=fits)
-    return measure_case(case, seconds=options.seconds, compiled=options.compile, fits=False)
+        return measure_case(case, methods, seconds=options.seconds, fits=fits)
+    return measure_case(case, methods, seconds=options.seconds, fits=False)
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:

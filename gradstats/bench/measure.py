@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from gradstats.bench.machine import cache_bytes
-from gradstats.bench.methods import METHODS, Gradients, Method
+from gradstats.bench.methods import Gradients, Method
 from gradstats.bench.shapes import Shape
 from gradstats.ops import limits, reference
 
@@ -107,20 +107,20 @@ class Case:
         }
 
 
-def measure_case(case: Case, *, seconds: float, compiled: bool, fits: bool) -> list[Record]:
-    """One record for each limit and method.
+def measure_case(case: Case, methods: Mapping[str, Method], *, seconds: float, fits: bool) -> list[Record]:
+    """One record for each limit, and each of the methods that belongs to the case.
 
     Args:
         case: What to measure on.
+        methods: What to measure, by name.
         seconds: Time for the rounds, as far as the least number of rounds allows.
-        compiled: Whether to measure methods that go through ``torch.compile`` too.
         fits: Whether there is memory for it; otherwise only the host cost is measured.
     """
     torch.set_num_threads(case.threads)
     methods = {
         name: method
-        for name, method in METHODS.items()
-        if method.belongs(case.num_tasks, case.dtype, case.device) and (not method.compiled or (compiled and fits))
+        for name, method in methods.items()
+        if method.belongs(case.num_tasks, case.dtype, case.device) and (fits or not method.compiled)
     }
     single = case.gradients([(1,) * len(shape) for shape in case.shapes])
     # Compiled methods would compile anew for other shapes.
