@@ -41,7 +41,7 @@ constexpr int64_t kPrefetchBytes = sizeof(In) < 8 ? 3072 : 1024;
 // (Emerald Rapids) read a tenth more so.
 const int64_t kStripPrefetchBytes = is_intel() ? 1024 : 0;
 
-// Ranges of a parameter begin at multiples of it.
+// Ranges of a parameter begin at multiples of it, whole chunks (gram_kernel.h).
 constexpr int64_t kGrain = 768;
 
 struct Problem {

@@ -46,6 +46,7 @@ constexpr int64_t kStepEntries = kStep * kLanes<Sum<Factor>>;
 // Entries of each row between two looks at whether float32 holds their products, a chunk: whole steps of any type.
 constexpr int64_t kChunk = 768;
 static_assert(kChunk % kStepEntries<float> == 0 && kChunk % kStepEntries<double> == 0);
+static_assert(kGrain % kChunk == 0);
 
 // Entries that are gathered in float64 before they are multiplied, and the distance of two rows of them: a line more,
 // so that they do not meet in the same cache sets.
