@@ -22,7 +22,7 @@ constexpr int kRoundings = 16;
 // Lines of a row that are read one after another where the memory is the limit: it gives neighbours faster than one
 // line of each row in turn.
 constexpr int kBurst = 4;
-// Rows that stay in the first cache over a step, beside what is asked for meanwhile, a group.
+// Rows of which a step stays in the first cache, beside what is asked for meanwhile, a group.
 constexpr int64_t kGroup = std::min(16, 24576 / (kStep * kVectorBytes * kTile)) * kTile;
 
 template <class T>
@@ -179,7 +179,8 @@ V add_lanes(V a, V b, std::integer_sequence<int, kLane...>) {
          select<(kLane & kBit ? N + (kLane ^ kBit) : kLane ^ kBit)...>(a, b);
 }
 
-// The totals of N vectors, at most as many as one has lanes. The lanes of any of them are added in the same order.
+// The totals of N vectors, at most as many as one has lanes, each in the lane of its vector's number. The lanes of any
+// vector are added in the same order. Lanes from N on mean nothing.
 template <class Acc, int N, int kBit = kLanes<Acc> / 2>
 [[gnu::always_inline]] inline Vec<Acc> totals(Vec<Acc>* x) {
   constexpr auto lanes = std::make_integer_sequence<int, kLanes<Acc>>{};
@@ -240,8 +241,7 @@ struct Ahead {
 // Adds the products of rows [J, J + R) among themselves over `count` entries, and passes every vector to `keep`.
 template <int J, int R, class Factor, class In, class Keep, int N>
 [[gnu::always_inline]] inline void add_diagonal_tile(const void* const* rows, int64_t from, int64_t count,
-                                                     const Keep& keep, const Ahead<In, N>& ahead,
-                                                     double* tile) {
+                                                     const Keep& keep, const Ahead<In, N>& ahead, double* tile) {
   const In* in[R];
   Vec<Sum<Factor>> sum[R][R] = {};
 #pragma GCC unroll 8
@@ -272,8 +272,7 @@ template <int J, int R, class In, class Factor, int N>
 
 // Adds the products of kTile kept rows at `a` with C kept rows at `b`.
 template <int C, class In, class Factor, int N>
-[[gnu::noinline]] void add_tile(const Factor* a, const Factor* b, const Ahead<In, N>& ahead,
-                                double* tile) {
+[[gnu::noinline]] void add_tile(const Factor* a, const Factor* b, const Ahead<In, N>& ahead, double* tile) {
   constexpr int64_t kStride = kStepEntries<Factor>;
   Vec<Sum<Factor>> sum[C][kTile] = {};
 #pragma GCC unroll 4
