@@ -262,8 +262,8 @@ template <int J, int R, class Factor, class In, class Keep, int N>
 }
 
 // As add_diagonal_tile, of a step, and keeps the rows in `block` for other tiles.
-template <int J, int R, class In, class Factor, int N>
-[[gnu::noinline]] void add_and_keep(const void* const* rows, int64_t from, Factor* block, const Ahead<In, N>& ahead,
+template <int J, int R, class In, class Factor>
+[[gnu::noinline]] void add_and_keep(const void* const* rows, int64_t from, Factor* block, const Ahead<In, 2>& ahead,
                                     double* tile) {
   constexpr int64_t kStride = kStepEntries<Factor>;
   const auto keep = [&](int r, int64_t k, const Vec<Factor>& x) { store(block + (J + r) * kStride + k, x); };
@@ -271,8 +271,8 @@ template <int J, int R, class In, class Factor, int N>
 }
 
 // Adds the products of kTile kept rows at `a` with C kept rows at `b`.
-template <int C, class In, class Factor, int N>
-[[gnu::noinline]] void add_tile(const Factor* a, const Factor* b, const Ahead<In, N>& ahead, double* tile) {
+template <int C, class In, class Factor>
+[[gnu::noinline]] void add_tile(const Factor* a, const Factor* b, const Ahead<In, 2>& ahead, double* tile) {
   constexpr int64_t kStride = kStepEntries<Factor>;
   Vec<Sum<Factor>> sum[C][kTile] = {};
 #pragma GCC unroll 4
@@ -368,12 +368,6 @@ void with_width(int64_t num_rows, const Function& function) {
   }
 }
 
-// Calls `function(j, C)` for the rows [j, j + C) of each tile on the diagonal.
-template <class Function>
-void for_each_width(int64_t num_rows, const Function& function) {
-  for (int64_t j = 0; j < num_rows; j += kTile) with_width(num_rows - j, [&](auto width) { function(j, width); });
-}
-
 // Tiles of a group of rows with itself.
 constexpr int64_t num_tiles(int64_t num_rows) {
   const int64_t side = (num_rows + kTile - 1) / kTile;
@@ -465,10 +459,11 @@ void add_group(const void* const* rows, int64_t num_rows, int64_t from, Factor* 
 template <class In, class Factor>
 double* add_groups(const Factor* a, const Factor* b, int64_t num_rows, RowsAhead<In>& ahead, double* tile) {
   constexpr int64_t kStride = kStepEntries<Factor>;
-  for_each_width(num_rows, [&](int64_t j, auto width) {
-    for (int64_t i = 0; i < kGroup; i += kTile, tile += kTileSums)
-      add_tile<decltype(width)::value>(a + i * kStride, b + j * kStride, ahead.next(), tile);
-  });
+  for (int64_t j = 0; j < num_rows; j += kTile)
+    with_width(num_rows - j, [&](auto width) {
+      for (int64_t i = 0; i < kGroup; i += kTile, tile += kTileSums)
+        add_tile<decltype(width)::value>(a + i * kStride, b + j * kStride, ahead.next(), tile);
+    });
   return tile;
 }
 
