@@ -254,20 +254,22 @@ def test_constants_of_many_tasks_and_entries(dtype: torch.dtype, num_tasks: int,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tasks", [6, 12, 20])
 def test_terms_that_vanish_beside_a_large_one(dtype: torch.dtype, num_tasks: int) -> None:
-    """A chunk begins with 1 in the first lane of the sums; all that comes to it on the way is just rounded away."""
-    # Entries of a vector, and those that a lane takes of it: of bfloat16 two. Terms of a lane in a step; steps.
-    for (entries, each), terms, steps in itertools.product(
-        ((4, 1), (8, 1), (16, 1), (32, 2)), (4, 8, 12, 16), (1, 4, 8, 12)
+    """A chunk begins with 1 in one or each lane of the sums; all that comes to it on the way is just rounded away."""
+    # Entries of a vector, and those that a lane takes of it: of bfloat16 two. Terms of a lane in a step; steps; lanes.
+    for (entries, each), terms, steps, in_each in itertools.product(
+        ((4, 1), (8, 1), (16, 1), (32, 2)), (4, 8, 12, 16), (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48), (False, True)
     ):
         step = terms * entries // each
         at = torch.arange(steps * step)
-        lane, begins = at % entries // each, at % step == 0
-        x = torch.where((lane == 0) & (at < step) | begins, 2.0**-12, 0.0)  # the terms of a step, sums of steps
+        counts = torch.tensor(in_each) | (at % entries < each)
+        begins = counts & (at % step < entries) & (at % each == 0)
+        x = torch.where(counts & (at < step) | begins, 2.0**-12, 0.0)  # the terms of a step, sums of steps
         x[[each * 2**bit for bit in range(4) if each * 2**bit < entries]] = 2.0**-12  # lanes that are added up
-        x[0] = 1.0
+        x[begins & (at < step)] = 1.0
         row = x.repeat(4).to(dtype)  # few enough to be one range
         gram = ops.gram([row.expand(num_tasks, -1)], num_tasks, [], True)
-        assert abs(gram[0, -1].item() / float(row.double() @ row.double()) - 1) <= 1e-6, (entries, terms, steps)
+        error = abs(gram[0, -1].item() / float(row.double() @ row.double()) - 1)
+        assert error <= 1e-6, (entries, terms, steps, in_each)
 
 
 @needs_compiled
