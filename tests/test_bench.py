@@ -189,6 +189,14 @@ def test_only_the_named_methods_are_timed_beside_the_limits(few_calls, tmp_path)
     assert {r["method"] for r in records} - {"pairwise", "mm, ready-made"} <= {"read", "read ahead", "multiply-add"}
 
 
+def test_a_case_without_methods_is_left_out(few_calls, tmp_path):
+    sizes = ["--tasks", "17", "2", "--entries", "100", "--lists", "--dtypes", "float32", "--memory", "0"]
+    files = ["--out", str(tmp_path / "results.json")]
+    assert main(["bench", "--device", "cpu", *sizes, *files, "--methods", "torch.dot by pair"]) == 0
+    records = json.loads((tmp_path / "results.json").read_text())["records"]
+    assert [(r["num_tasks"], r["method"]) for r in records] == [(2, "torch.dot by pair")]
+
+
 def test_shares_are_of_the_limits_in_the_same_rounds():
     times = {"read": [0.5, 0.1, 0.2], "read ahead": [0.1] * 3, "multiply-add": [2.0] * 3, "pairwise": [0.2, 0.4, 0.1]}
     facts = {name: {} for name in times} | {"absent": {"absent": "reason"}}
@@ -338,6 +346,7 @@ def rows_of(table):
         (["--lists", "alexnet"], 2, "invalid choice: 'alexnet'"),
         (["--methods", "guess"], 2, "invalid choice: 'guess'"),
         (["--tasks", "2", "--entries", "--lists", "--picture", "roofline.png"], 1, "--picture: expected flat"),
+        (["--tasks", "17", "--methods", "torch.dot by pair"], 1, "--methods: expected one for these tasks, dtypes and"),
         pytest.param(
             ["--device", "cuda"],
             1,

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from gradstats import ops
 from gradstats.bench.machine import available_bytes, describe
 from gradstats.bench.measure import Case, Record, measure_case
-from gradstats.bench.methods import METHODS
+from gradstats.bench.methods import METHODS, Method
 from gradstats.bench.shapes import MODELS
 from gradstats.bench.show import case_table, rooflines
 from gradstats.ops import limits
@@ -63,7 +63,8 @@ def run(options: argparse.Namespace) -> str:
 
     Raises:
         ImportError: If rich is not installed (extra ``bench``), or matplotlib for a picture (extra ``plot``).
-        ValueError: If the device is not there, or what a picture needs is not measured.
+        ValueError: If the device is not there, none of the methods belongs to a case, or what a picture needs is not
+            measured.
     """
     try:
         from rich.console import Console
@@ -76,13 +77,20 @@ def run(options: argparse.Namespace) -> str:
             setattr(options, name, value)
     if options.picture is not None and not (options.entries and limits.available(options.device)):
         raise ValueError("--picture: expected flat gradients (--entries) and compiled kernels, whose limits it shows")
+    methods = {n: m for n, m in METHODS.items() if n in options.methods or (options.compile and m.compiled)}
+    every = list(cases(options))
+    if every and not any(m.belongs(c.num_tasks, c.dtype, c.device) for m in methods.values() for c in every):
+        got = ", ".join(options.methods)
+        raise ValueError(f"--methods: expected one for these tasks, dtypes and device, got {got}")
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     results: dict[str, Any] = {"machine": describe(), "records": []}
     console.print_json(data=results["machine"])
     room = min(1e9 * options.memory, 0.9 * available_bytes(torch.device(options.device)))
-    for case in cases(options):
-        records = _measured(case, options, fits=case.bytes_needed <= room)
+    for case in every:
+        records = _measured(case, methods, options.seconds, fits=case.bytes_needed <= room)
+        if not records:
+            continue
         console.print(case_table(records))
         results["records"] += records
         if options.out is not None:  # after each case, since a run may be stopped
@@ -92,12 +100,11 @@ def run(options: argparse.Namespace) -> str:
     return _LEGEND
 
 
-def _measured(case: Case, options: argparse.Namespace, fits: bool) -> list[Record]:
+def _measured(case: Case, methods: Mapping[str, Method], seconds: float, fits: bool) -> list[Record]:
     """The records of a case; if the memory of a GPU does not do after all, those of what does not fit."""
-    methods = {n: m for n, m in METHODS.items() if n in options.methods or (options.compile and m.compiled)}
     with contextlib.suppress(torch.OutOfMemoryError):
-        return measure_case(case, methods, seconds=options.seconds, fits=fits)
-    return measure_case(case, methods, seconds=options.seconds, fits=False)
+        return measure_case(case, methods, seconds=seconds, fits=fits)
+    return measure_case(case, methods, seconds=seconds, fits=False)
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
